@@ -1,0 +1,5 @@
+"""`python -m inferflux_core.cli.bench`: the command without the rest of the CLI."""
+
+from .command import bench
+
+bench(prog_name="inferflux bench")

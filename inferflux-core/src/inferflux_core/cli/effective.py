@@ -1,0 +1,133 @@
+"""The effective configuration as values with their origins, for people and for programs. Secrets are masked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, SecretStr
+
+from inferflux_core.config import AUTO_BACKEND, Loaded
+from inferflux_core.errors import PluginError
+from inferflux_core.plugins import PluginRegistry
+from inferflux_core.setting_keys import SettingPath, dotted, is_secret
+from inferflux_core.settings import ModelSettings
+
+MASK = "********"
+MAX_COMMENT_COLUMN = 60
+"""Comments stand in one column, but no further to the right than this because of a single long value."""
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveValue:
+    """One value in effect, as JSON has it, with secrets masked, and where it came from."""
+
+    path: SettingPath
+    value: Any
+    origin: str
+
+
+def effective_values(loaded: Loaded, registry: PluginRegistry) -> list[EffectiveValue]:
+    """Every value in the order of declaration; the registry tells which of the plugins' settings are secrets."""
+    masked = _PluginSecrets(loaded, registry)
+    return [EffectiveValue(path, value, loaded.origin(dotted(path))) for path, value in _walk((), loaded.settings, masked)]
+
+
+def as_json(loaded: Loaded, values: Sequence[EffectiveValue]) -> str:
+    """An object with the file that was read and, for each key, its value and origin."""
+    settings = {dotted(item.path): {"value": item.value, "origin": item.origin} for item in values}
+    return json.dumps({"file": None if loaded.file is None else str(loaded.file), "settings": settings}, indent=2)
+
+
+def as_yaml(values: Sequence[EffectiveValue]) -> str:
+    """A configuration file with these values and their origins as comments."""
+    rows: list[tuple[str, str]] = []
+    previous: SettingPath = ()
+    for item in values:
+        rows += [(text, "") for text in _headings(previous, item.path)]
+        rows.append((f"{_lead(previous, item.path)}{_scalar(item.value)}", f"# {item.origin}"))
+        previous = item.path
+    column = max((len(text) for text, comment in rows if comment and len(text) <= MAX_COMMENT_COLUMN), default=0)
+    return "\n".join(f"{text:<{column}}  {comment}".rstrip() for text, comment in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _PluginSecrets:
+    """Which values in the free-form settings of plugins must not be shown."""
+
+    loaded: Loaded
+    registry: PluginRegistry
+
+    def __contains__(self, path: SettingPath) -> bool:
+        """Whether the value is a secret, or nobody can say that it is none."""
+        settings = self.loaded.settings
+        match path:
+            case ("backends", str(name), str(key), *_):
+                return self._is_secret("backend", name, key)
+            case ("engine", "scheduler_settings", str(key), *_):
+                return self._is_secret("scheduler", settings.engine.scheduler, key)
+            case ("models", int(index), "backend_settings", str(key), *_):
+                backend = settings.models[index].backend
+                names = self.registry.entries["backend"] if backend == AUTO_BACKEND else (backend,)
+                return all(self._is_secret("backend", name, key) for name in names) or any(
+                    self._is_declared_secret("backend", name, key) for name in names
+                )
+        return False
+
+    def _is_secret(self, kind: str, name: str, key: str) -> bool:
+        try:
+            fields = self.registry.get(kind, name).registration.settings.model_fields
+        except PluginError:
+            return True
+        return key not in fields or is_secret(fields[key].annotation)
+
+    def _is_declared_secret(self, kind: str, name: str, key: str) -> bool:
+        fields = self.registry.get(kind, name).registration.settings.model_fields
+        return key in fields and is_secret(fields[key].annotation)
+
+
+def _walk(path: SettingPath, value: Any, secrets: _PluginSecrets) -> Iterator[tuple[SettingPath, Any]]:
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _walk((*path, name), getattr(value, name), secrets)
+    elif isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            yield from _walk((*path, name), item, secrets)
+    elif isinstance(value, tuple) and any(isinstance(item, ModelSettings) for item in value):
+        for index, item in enumerate(value):
+            yield from _walk((*path, index), item, secrets)
+    elif isinstance(value, SecretStr) or (value is not None and path in secrets):
+        yield path, MASK
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _headings(previous: SettingPath, path: SettingPath) -> Iterator[str]:
+    """The lines of the sections that begin between two values."""
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(part, str) and path[: depth + 1] != previous[: depth + 1]:
+            yield f"{_lead(previous, path[: depth + 1])}".rstrip()
+
+
+def _lead(previous: SettingPath, path: SettingPath) -> str:
+    """Indentation and key of a value; the first one of a list item carries the dash."""
+    indent = "  " * (len(path) - 1)
+    begins_item = len(path) > 1 and isinstance(path[-2], int) and previous[: len(path) - 1] != path[:-1]
+    if begins_item:
+        indent = indent[:-2] + "- "
+    return f"{indent}{_scalar(path[-1])}: "
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return text.removesuffix("\n").removesuffix("\n...")

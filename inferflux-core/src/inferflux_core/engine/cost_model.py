@@ -1,0 +1,54 @@
+"""How long a step takes, learnt from the steps themselves, so that prefill chunks can be cut to a target."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+# Steps before the fit is trusted; until then a chunk beside decodes is this long.
+_MIN_OBSERVATIONS = 4
+_FIRST_CHUNK = 128
+_FORGETTING = 0.995
+
+
+class StepCostModel:
+    """t = a + b * prefill tokens + c * decoding sequences + d * cached tokens read, by recursive least squares.
+
+    Old steps are forgotten slowly (half after about 140), so that the fit follows another load on the machine. Times are
+    milliseconds. Decoding sequences have their own term because a token of a long chunk costs far less than one alone.
+    """
+
+    def __init__(self) -> None:
+        self._weights: Vector = np.zeros(4)
+        self._covariance = np.eye(4) * 1e4
+        self._count = 0
+
+    @staticmethod
+    def _features(num_prefill: int, num_decode: int, kv_tokens: int) -> Vector:
+        # Scaled so that every feature is about 1 in a usual step, which keeps the covariance well conditioned.
+        return np.array([1.0, num_prefill / 128, num_decode / 8, kv_tokens / 4096])
+
+    def observe(self, num_prefill: int, num_decode: int, kv_tokens: int, milliseconds: float) -> None:
+        """Learn from a finished step."""
+        x = self._features(num_prefill, num_decode, kv_tokens)
+        px = self._covariance @ x
+        gain = px / (_FORGETTING + float(x @ px))
+        self._weights = self._weights + gain * (milliseconds - float(x @ self._weights))
+        covariance = (self._covariance - np.outer(gain, px)) / _FORGETTING
+        # Without variety in the load a direction is never observed and its covariance would grow without bound.
+        self._covariance = covariance if np.trace(covariance) < 1e6 else np.eye(4) * 1e2
+        self._count += 1
+
+    def predict(self, num_prefill: int, num_decode: int, kv_tokens: int) -> float:
+        """Milliseconds of such a step."""
+        return float(self._features(num_prefill, num_decode, kv_tokens) @ self._weights)
+
+    def max_prefill(self, num_decode: int, kv_tokens: int, target_ms: float, at_least: int, at_most: int) -> int:
+        """Largest prefill chunk beside these decodes that is predicted to stay within the target, within the bounds."""
+        if self._count < _MIN_OBSERVATIONS:
+            return min(_FIRST_CHUNK, at_most)
+        per_token = max(float(self._weights[1]) / 128, 1e-6)
+        room = target_ms - self.predict(0, num_decode, kv_tokens)
+        return max(at_least, min(at_most, int(room / per_token)))

@@ -1,0 +1,84 @@
+"""What the scheduler knows of a KV cache, whatever its layout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from inferflux_core.engine.request import Request
+from inferflux_core.engine.types import KVOps
+from inferflux_core.interfaces import KVCacheSpec, KVStats
+
+
+@dataclass(slots=True, frozen=True)
+class PrefixMatch:
+    """The longest computed prefix that a sequence can take over.
+
+    Attributes:
+        num_tokens: always less than the sequence's length, since one token must be computed to get logits.
+        source: what the manager that made it needs to take it over; nobody else looks inside.
+    """
+
+    num_tokens: int
+    source: object = None
+
+
+NO_MATCH = PrefixMatch(0)
+
+
+class KVCacheManager(ABC):
+    """Hands out room for computed tokens. Running out of room is None, a normal answer.
+
+    A sequence goes through `get_computed_blocks` (where can it start), `allocate_slots` before every step (room up to a
+    length), `cache_blocks` after it (what is valid now), and `free`. A match is valid until the next call that allocates
+    for another sequence.
+    """
+
+    block_size: int
+
+    @abstractmethod
+    def get_computed_blocks(self, request: Request) -> PrefixMatch:
+        """Longest cached prefix of a sequence that holds nothing yet. Changes nothing."""
+
+    @abstractmethod
+    def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> KVOps | None:
+        """Make room for tokens[:upto]; with the first call of a sequence, take over the match. None: out of room."""
+
+    @abstractmethod
+    def cache_blocks(self, request: Request, upto: int) -> None:
+        """tokens[:upto] are computed: publish their full blocks for others."""
+
+    @abstractmethod
+    def trim(self, request: Request, to: int) -> None:
+        """Forget the cache from position `to` on (rejected drafts). Only when the runner can trim."""
+
+    @abstractmethod
+    def free(self, request: Request, keep: bool) -> None:
+        """The sequence gives everything back; with `keep`, its computed tokens stay for others to find."""
+
+    @abstractmethod
+    def free_tokens(self) -> int:
+        """Tokens for which there is room now, counting what nobody runs on."""
+
+    @abstractmethod
+    def stats(self) -> KVStats:
+        """How full the cache is with running sequences."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Verify the manager's own books. For tests, after every step.
+
+        Raises:
+            AssertionError: what does not add up.
+        """
+
+
+def make_kv_cache_manager(spec: KVCacheSpec, enable_prefix_caching: bool) -> KVCacheManager:
+    """The manager that the runner's layout names."""
+    if spec.layout == "paged":
+        from inferflux_core.engine.kv.paged import PagedKVCacheManager
+
+        return PagedKVCacheManager(spec.num_blocks, spec.block_size, enable_prefix_caching)
+    from inferflux_core.engine.kv.sequence import SequenceKVCacheManager
+
+    return SequenceKVCacheManager(spec, enable_prefix_caching)

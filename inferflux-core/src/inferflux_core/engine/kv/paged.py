@@ -1,0 +1,200 @@
+"""Blocks of a paged KV cache, found by the hash of everything up to their end (PagedAttention, arXiv 2309.06180; vLLM v1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferflux_core.engine.kv.manager import NO_MATCH, KVCacheManager, PrefixMatch
+from inferflux_core.engine.request import BlockHash, Request
+from inferflux_core.engine.types import PagedOps
+from inferflux_core.interfaces import KVStats
+
+NULL_BLOCK = 0  # padded rows of a backend write here; never handed out
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One block. In the free list exactly when nobody refers to it; may be free and still hold a cached prefix."""
+
+    id: int
+    refs: int = 0
+    hash: BlockHash | None = None
+    prev: Block | None = None
+    next: Block | None = None
+
+
+class FreeList:
+    """Free blocks in the order of reuse, least valuable first. Every operation is O(1).
+
+        head -> [oldest] <-> ... <-> [newest] <- tail
+         ^ popped here                  ^ appended here
+    """
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self._head = Block(-1)
+        self._tail = Block(-1)
+        self._head.next, self._tail.prev = self._tail, self._head
+        self._size = 0
+        for block in blocks:
+            self.append(block)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, block: Block) -> None:
+        assert self._tail.prev is not None
+        self._insert(self._tail.prev, block, self._tail)
+
+    def appendleft(self, block: Block) -> None:
+        assert self._head.next is not None
+        self._insert(self._head, block, self._head.next)
+
+    def popleft(self) -> Block:
+        block = self._head.next
+        assert block is not None
+        assert block is not self._tail, "the caller checks the length first"
+        self.remove(block)
+        return block
+
+    def remove(self, block: Block) -> None:
+        assert block.prev is not None
+        assert block.next is not None
+        block.prev.next, block.next.prev = block.next, block.prev
+        block.prev = block.next = None
+        self._size -= 1
+
+    def _insert(self, before: Block, block: Block, after: Block) -> None:
+        block.prev, block.next = before, after
+        before.next = after.prev = block
+        self._size += 1
+
+    def ids(self) -> list[int]:
+        """Block ids in the order of reuse."""
+        ids = []
+        block = self._head.next
+        while block is not None and block is not self._tail:
+            ids.append(block.id)
+            block = block.next
+        return ids
+
+
+class PagedKVCacheManager(KVCacheManager):
+    """Reference-counted blocks, an LRU free list, and a dictionary from block hash to block.
+
+    A finished sequence frees its blocks tail first, so that the beginnings of prompts, which others share, live longest.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self._caching = enable_prefix_caching
+        self._blocks = [Block(i) for i in range(num_blocks)]
+        self._free = FreeList(self._blocks[NULL_BLOCK + 1 :])
+        self._cached: dict[BlockHash, Block] = {}
+        self._tables: dict[str, list[Block]] = {}
+
+    def get_computed_blocks(self, request: Request) -> PrefixMatch:
+        if not self._caching:
+            return NO_MATCH
+        blocks: list[Block] = []
+        for block_hash in request.block_hashes(self.block_size, len(request.tokens) - 1):
+            block = self._cached.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return PrefixMatch(len(blocks) * self.block_size, blocks)
+
+    def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> PagedOps | None:
+        table = self._tables.get(request.request_id)
+        adopted: list[Block] = match.source if table is None and isinstance(match.source, list) else []
+        held = len(adopted) if table is None else len(table)
+        needed = -(-upto // self.block_size) - held
+        if needed > len(self._free) - sum(block.refs == 0 for block in adopted):
+            return None
+        if needed <= 0 and table is not None:
+            return _NOTHING_NEW
+        if table is None:
+            table = self._tables[request.request_id] = []
+        for block in adopted:
+            if block.refs == 0:
+                self._free.remove(block)
+            block.refs += 1
+        new = [self._take() for _ in range(needed)]
+        table += adopted
+        table += new
+        return PagedOps([block.id for block in (*adopted, *new)])
+
+    def _take(self) -> Block:
+        block = self._free.popleft()
+        self._forget(block)
+        block.refs = 1
+        return block
+
+    def _forget(self, block: Block) -> None:
+        if block.hash is not None:
+            del self._cached[block.hash]
+            block.hash = None
+
+    def cache_blocks(self, request: Request, upto: int) -> None:
+        if not self._caching:
+            return
+        table = self._tables[request.request_id]
+        full = upto // self.block_size
+        # Published blocks form a prefix of the table, so walking back from the end meets only new ones.
+        first = full
+        while first and table[first - 1].hash is None and first * self.block_size > request.num_cached_tokens:
+            first -= 1
+        if first == full:
+            return
+        hashes = request.block_hashes(self.block_size, upto)
+        for i in range(first, full):
+            # Another sequence may have computed the same block first; then ours stays private.
+            if hashes[i] not in self._cached:
+                table[i].hash = hashes[i]
+                self._cached[hashes[i]] = table[i]
+
+    def trim(self, request: Request, to: int) -> None:
+        table = self._tables[request.request_id]
+        while len(table) > -(-to // self.block_size):
+            self._release(table.pop(), keep=False)
+
+    def free(self, request: Request, keep: bool) -> None:
+        for block in reversed(self._tables.pop(request.request_id, [])):
+            self._release(block, keep)
+
+    def _release(self, block: Block, keep: bool) -> None:
+        block.refs -= 1
+        if block.refs:
+            return
+        if not keep:
+            self._forget(block)
+        if block.hash is None:
+            self._free.appendleft(block)  # worth nothing to anybody: reuse it first
+        else:
+            self._free.append(block)
+
+    def free_tokens(self) -> int:
+        return len(self._free) * self.block_size
+
+    def stats(self) -> KVStats:
+        usable = len(self._blocks) - 1
+        return KVStats((usable - len(self._free)) * self.block_size, usable * self.block_size)
+
+    def block_table(self, request: Request) -> list[int]:
+        """Block ids of a sequence, for tests."""
+        return [block.id for block in self._tables.get(request.request_id, [])]
+
+    def check_integrity(self) -> None:
+        refs = [0] * len(self._blocks)
+        for table in self._tables.values():
+            for block in table:
+                refs[block.id] += 1
+        assert [block.refs for block in self._blocks] == refs, "reference counts differ from the block tables"
+        free = self._free.ids()
+        assert len(free) == len(self._free), "the free list's length is wrong"
+        assert len(set(free)) == len(free), "a block is twice in the free list"
+        assert set(free) == {b.id for b in self._blocks[1:] if b.refs == 0}, "free list differs from unreferenced blocks"
+        hashed = {b.hash: b for b in self._blocks if b.hash is not None}
+        assert hashed == self._cached, "the hash index differs from the blocks"
+
+
+_NOTHING_NEW = PagedOps()

@@ -1,0 +1,106 @@
+"""One engine: a scheduler, a runner, and the step that moves both. The same code runs in the engine process and in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from inferflux_core.engine.kv.manager import make_kv_cache_manager
+from inferflux_core.engine.scheduler import SchedulerContext
+from inferflux_core.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
+from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelInfo, ModelRunner, Scheduler
+from inferflux_core.plugins import PluginRegistry
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine is made from, as names and plain values: what the engine process gets to read.
+
+    Attributes:
+        backend, scheduler: registered names, with their settings as in the configuration.
+        blocked_plugins: distributions whose plugins are not loaded.
+    """
+
+    files: ModelFiles
+    backend: str
+    backend_settings: dict[str, Any] = {}
+    scheduler: str = "fcfs"
+    scheduler_settings: dict[str, Any] = {}
+    config: EngineConfig = EngineConfig()
+    blocked_plugins: tuple[str, ...] = ()
+
+
+class EngineCore:
+    """Schedules and computes. Not thread-safe: one thread owns it."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+
+    @classmethod
+    def build(cls, spec: EngineSpec, registry: PluginRegistry) -> EngineCore:
+        """Load the model and put an engine around it.
+
+        Raises:
+            PluginError: the backend or scheduler is unknown or has bad settings.
+            ModelFileError: the files cannot be loaded.
+        """
+        backend: Backend = registry.create("backend", spec.backend, spec.backend_settings)
+        return cls.around(
+            backend.runner(spec.files, spec.config), spec.config, registry, spec.scheduler, spec.scheduler_settings
+        )
+
+    @classmethod
+    def around(
+        cls,
+        runner: ModelRunner,
+        config: EngineConfig,
+        registry: PluginRegistry,
+        scheduler: str = "fcfs",
+        scheduler_settings: Mapping[str, Any] | None = None,
+    ) -> EngineCore:
+        """An engine around a runner that is loaded already."""
+        context = SchedulerContext(
+            config=config,
+            caps=runner.caps,
+            kv=make_kv_cache_manager(runner.kv_cache_spec, config.enable_prefix_caching),
+            eos_token_ids=runner.model_info.eos_token_ids,
+        )
+        return cls(runner, registry.create("scheduler", scheduler, scheduler_settings or {}, context))
+
+    @property
+    def model_info(self) -> ModelInfo:
+        return self.runner.model_info
+
+    def add(self, request: EngineRequest) -> EngineOutput | None:
+        """Queue a request; returns its only output when it could never run."""
+        if not request.prompt_token_ids or (
+            len(request.prompt_token_ids) + request.params.max_tokens > self.model_info.max_model_len
+        ):
+            return EngineOutput(request.request_id, [], FinishReason.ERROR)
+        self.scheduler.add_request(request)
+        return None
+
+    def abort(self, request_ids: Sequence[str]) -> list[EngineOutput]:
+        """End requests and free what they hold."""
+        return [EngineOutput(i, [], FinishReason.ABORT) for i in self.scheduler.abort(request_ids)]
+
+    def step(self) -> list[EngineOutput]:
+        """Compute one step; the outputs it brought."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        ticket = self.runner.launch(plan)
+        self.runner.sample(ticket, None)
+        output = self.runner.collect(ticket)
+        return self.scheduler.update_from_output(plan, output)
+
+    def has_requests(self) -> bool:
+        return self.scheduler.has_requests()
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def close(self) -> None:
+        self.runner.close()

@@ -1,0 +1,202 @@
+"""The reference sampler, in numpy: what every sampling parameter means, and the oracle of the other samplers' tests.
+
+A draw is `argmax(logits / T + g)` over the tokens that survive the filters, with Gumbel noise g keyed by (seed, position,
+token). No state is carried from draw to draw, so the same seed gives the same text whatever else is in the batch, however
+the prompt was chunked, and after a preemption.
+
+Order, as in vLLM: banned tokens and logit_bias; penalties; temperature; top_k; top_p; min_p; draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inferflux_core.engine.types import SamplingParams, SequenceInit, TokenLogprobs
+
+Logits = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int64]
+
+# top_p looks at this many most likely tokens first; only if they do not hold enough mass is the whole vocabulary sorted.
+_TOP_P_WINDOW = 256
+# Noise for more candidates than this is computed for all token ids up to the largest.
+_DENSE = 2048
+
+_PHILOX_M0, _PHILOX_M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+_LOW32 = np.uint64(0xFFFFFFFF)
+_SHIFT32 = np.uint64(32)
+
+
+def philox_4x32(seed: int, position: int, counters: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.uint64]]:
+    """Philox-4x32-10 (Salmon et al., SC '11) at counters (c, position, 0, 0) under the 64-bit key `seed`.
+
+    Returns four arrays of 32-bit words, one per lane. Counter-based: any subset of the noise costs only that subset.
+    """
+    x0 = counters.astype(np.uint64)
+    x1 = np.full_like(x0, position & 0xFFFFFFFF)
+    x2 = np.zeros_like(x0)
+    x3 = np.zeros_like(x0)
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        p0 = x0 * _PHILOX_M0
+        p1 = x2 * _PHILOX_M1
+        x0, x1, x2, x3 = (
+            (p1 >> _SHIFT32) ^ x1 ^ np.uint64(k0),
+            p1 & _LOW32,
+            (p0 >> _SHIFT32) ^ x3 ^ np.uint64(k1),
+            p0 & _LOW32,
+        )
+        k0, k1 = (k0 + _PHILOX_W0) & 0xFFFFFFFF, (k1 + _PHILOX_W1) & 0xFFFFFFFF
+    return [x0, x1, x2, x3]
+
+
+def gumbel_noise(seed: int, position: int, token_ids: TokenIds) -> Logits:
+    """Standard Gumbel noise, float32, for these tokens at this position of the sequence.
+
+    Token t takes lane t % 4 of counter t // 4. With a 32-bit word w, v = (w + 1/2) / 2**32 is uniform in (0, 1) and
+    -log(-log1p(-v)) is Gumbel; the upper tail, which decides draws, comes from small v, where float32 is exact.
+    """
+    group = token_ids >> 2
+    if len(token_ids) > _DENSE:  # finding the distinct groups would cost more than computing all of them
+        groups, inverse = np.arange(int(group.max()) + 1), group
+    else:
+        groups, inverse = np.unique(group, return_inverse=True)
+    lanes = np.stack(philox_4x32(seed, position, groups.astype(np.uint64)))
+    words = lanes[token_ids & 3, inverse]
+    v = (words.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    np.minimum(v, np.float32(1 - 2.0**-24), out=v)
+    return np.asarray(-np.log(-np.log1p(-v)), dtype=np.float32)
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What penalties and bans need to know of one sequence."""
+
+    params: SamplingParams
+    num_output: int
+    prompt_ids: TokenIds | None
+    output_counts: dict[int, int] = field(default_factory=dict)
+    bias_ids: TokenIds | None = None
+    bias_values: Logits | None = None
+
+
+class Sampler:
+    """Draws tokens for the sequences of one engine, by slot."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos = np.array(sorted(eos_token_ids), dtype=np.int64)
+        self._sequences: dict[int, _Sequence] = {}
+
+    def start(self, init: SequenceInit) -> None:
+        """A sequence gets a slot, new or resumed."""
+        params = init.params
+        output = init.tokens[init.num_prompt_tokens :]
+        penalised = params.repetition_penalty != 1.0
+        sequence = _Sequence(
+            params=params,
+            num_output=len(output),
+            prompt_ids=np.unique(np.array(init.tokens[: init.num_prompt_tokens], dtype=np.int64)) if penalised else None,
+        )
+        for token in output:
+            sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
+        if params.logit_bias:
+            sequence.bias_ids = np.fromiter(params.logit_bias.keys(), dtype=np.int64)
+            sequence.bias_values = np.fromiter(params.logit_bias.values(), dtype=np.float32)
+        self._sequences[init.slot] = sequence
+
+    def free(self, slot: int) -> None:
+        """The slot's sequence is gone."""
+        self._sequences.pop(slot, None)
+
+    def sample(self, slot: int, position: int, logits: Logits) -> tuple[int, TokenLogprobs | None]:
+        """Draw the token at `position` from the logits of the position before it.
+
+        Args:
+            slot: whose parameters and history to use.
+            position: index of the new token in the sequence; part of the noise's key.
+            logits: [vocab_size], float32; not modified.
+        """
+        sequence = self._sequences[slot]
+        params = sequence.params
+        adjusted = self._adjust(sequence, logits)
+        token = int(adjusted.argmax()) if params.temperature == 0.0 else self._draw(params, position, adjusted)
+        sequence.num_output += 1
+        sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
+        return token, None if params.logprobs is None else self._logprobs(logits, token, params.logprobs)
+
+    def _adjust(self, sequence: _Sequence, logits: Logits) -> Logits:
+        """Bans, bias and penalties; returns the input itself when there is nothing to do."""
+        params = sequence.params
+        too_short = sequence.num_output < params.min_tokens
+        ban_eos = params.ignore_eos or too_short
+        repetition = params.repetition_penalty != 1.0
+        counted = params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+        if not (ban_eos or repetition or counted or sequence.bias_ids is not None):
+            return logits
+        logits = logits.copy()
+        if sequence.bias_ids is not None and sequence.bias_values is not None:
+            logits[sequence.bias_ids] += sequence.bias_values
+        if ban_eos:
+            logits[self._eos] = -np.inf
+        if too_short and params.stop_token_ids:
+            logits[list(params.stop_token_ids)] = -np.inf
+        if repetition or (counted and sequence.output_counts):
+            output_ids = np.fromiter(sequence.output_counts.keys(), dtype=np.int64)
+        if repetition:
+            assert sequence.prompt_ids is not None
+            seen = np.union1d(sequence.prompt_ids, output_ids)
+            values = logits[seen]
+            penalty = np.float32(params.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if counted and sequence.output_counts:
+            counts = np.fromiter(sequence.output_counts.values(), dtype=np.float32)
+            logits[output_ids] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
+        return logits
+
+    def _draw(self, params: SamplingParams, position: int, logits: Logits) -> int:
+        ids, scaled = self._filter(params, logits)
+        return int(ids[int((scaled + gumbel_noise(params.seed, position, ids)).argmax())])
+
+    def _filter(self, params: SamplingParams, logits: Logits) -> tuple[TokenIds, Logits]:
+        """Candidates and their logits / temperature; ties at a threshold are kept."""
+        # Shifted first: a tiny temperature would overflow otherwise, and inf - inf is no number.
+        scaled = (logits - logits.max()) / np.float32(params.temperature)
+        keep: Any = np.isfinite(scaled)
+        if 0 < params.top_k < self._vocab_size:
+            keep &= scaled >= np.partition(scaled, -params.top_k)[-params.top_k]
+        if params.top_p < 1.0:
+            keep &= scaled >= self._top_p_threshold(scaled[keep], params.top_p)
+        if params.min_p > 0.0:
+            keep &= scaled >= np.float32(np.log(params.min_p))
+        ids = np.flatnonzero(keep)
+        return ids, scaled[ids]
+
+    @staticmethod
+    def _top_p_threshold(scaled: Logits, top_p: float) -> np.float32:
+        """Logit of the last token of the smallest most likely set whose probability reaches top_p."""
+        needed = top_p * float(np.exp(scaled).sum(dtype=np.float64))
+        if len(scaled) > _TOP_P_WINDOW:
+            head = np.partition(scaled, -_TOP_P_WINDOW)[-_TOP_P_WINDOW:]
+            if float(np.exp(head).sum(dtype=np.float64)) >= needed:
+                scaled = head
+        descending = np.sort(scaled)[::-1]
+        mass = np.cumsum(np.exp(descending), dtype=np.float64)
+        last = min(int(np.searchsorted(mass, needed)), len(descending) - 1)
+        return np.float32(descending[last])
+
+    @staticmethod
+    def _logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
+        """Under the raw distribution: before bans, penalties and temperature, as OpenAI and vLLM report them."""
+        highest = logits.max()
+        normaliser = highest + np.log(np.exp(logits - highest).sum(dtype=np.float64))
+        top: list[tuple[int, float]] = []
+        if count:
+            ids = np.argpartition(logits, -count)[-count:]
+            ids = ids[np.argsort(-logits[ids], kind="stable")]
+            top = [(int(i), float(logits[i] - normaliser)) for i in ids]
+        return TokenLogprobs(float(logits[token] - normaliser), top)

@@ -1,0 +1,394 @@
+"""The token-budget scheduler: no prefill phase, no decode phase.
+
+Every step lets each sequence's computed tokens catch up with its known tokens. Chunked prefill, prefix hits and resuming
+after preemption are that one rule. Running sequences come first, then the waiting ones, within one budget of tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from inferflux_core.engine.cost_model import StepCostModel
+from inferflux_core.engine.kv.manager import KVCacheManager, PrefixMatch
+from inferflux_core.engine.request import BlockHash, Request, RequestStatus
+from inferflux_core.engine.types import (
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    KVOps,
+    ModelRunnerOutput,
+    Row,
+    SchedulerOutput,
+    SequenceInit,
+    TokenLogprobs,
+)
+from inferflux_core.interfaces import Capabilities, EngineConfig, Scheduler
+
+# A chunk beside decodes is never cut below this: smaller ones waste a pass over the weights.
+_MIN_CHUNK = 32
+# Waiting requests that may be passed over in one step because a running one is computing what they need.
+_HOLD_WINDOW = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerContext:
+    """What a scheduler is made from."""
+
+    config: EngineConfig
+    caps: Capabilities
+    kv: KVCacheManager
+    eos_token_ids: frozenset[int]
+    cost_model: StepCostModel = field(default_factory=StepCostModel)
+
+
+@dataclass(slots=True)
+class _Counters:
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    recomputed_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    step_tokens: int = 0
+    schedule_seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
+class TokenBudgetScheduler(Scheduler):
+    """Continuous batching with chunked prefill (Orca, OSDI '22; Sarathi-Serve, OSDI '24).
+
+    Two questions are left to subclasses: `pop_waiting()`, who is next, and `pick_victim()`, who makes room. As they stand
+    they give first come, first served.
+
+    Attributes:
+        waiting: requests without a slot, by id, in order of arrival; preempted ones at the front.
+        running: requests with a slot, by id, in order of admission.
+    """
+
+    def __init__(self, context: SchedulerContext) -> None:
+        self.context = context
+        self.kv = context.kv
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.running: dict[str, Request] = {}
+        self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
+        self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
+        self._slots = list(range(self._max_num_seqs))
+        self._freed_slots: list[int] = []
+        self._scheduled: list[Request] = []
+        self._started: list[str] = []
+        # Blocks that a running sequence will compute, and which one: what waiting requests with the same prefix wait for.
+        self._computing: dict[BlockHash, str] = {}
+        self._mean_output = 64.0
+        self._count = _Counters()
+
+    # --- policy -------------------------------------------------------------------------------------------------------
+
+    def pop_waiting(self) -> Request:
+        """Remove and return the next request to admit. Called only while `waiting` is not empty."""
+        return self.waiting.popitem(last=False)[1]
+
+    def pick_victim(self) -> Request:
+        """The running request to preempt when the cache is full: lowest priority, then newest."""
+        return max(self.running.values(), key=lambda r: (r.priority, r.arrival_time))
+
+    def on_computed(self, request: Request, num_tokens: int) -> None:
+        """A step computed `num_tokens` tokens of the request. For policies that count service."""
+
+    # --- requests come and go -----------------------------------------------------------------------------------------
+
+    def add_request(self, request: EngineRequest) -> None:
+        if request.request_id in self.waiting or request.request_id in self.running:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        self.waiting[request.request_id] = Request.of(request)
+
+    def abort(self, request_ids: Sequence[str]) -> list[str]:
+        aborted = []
+        for request_id in request_ids:
+            request = self.running.get(request_id)
+            if request is not None:
+                self._finish(request)
+            elif (request := self.waiting.pop(request_id, None)) is not None:
+                request.status = RequestStatus.FINISHED
+            else:
+                continue
+            aborted.append(request_id)
+        return aborted
+
+    def has_requests(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def take_started(self) -> list[str]:
+        started, self._started = self._started, []
+        return started
+
+    # --- planning a step ----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput | None:
+        began = time.perf_counter()
+        plan = SchedulerOutput(step=self._count.steps, rows=[], num_tokens=0)
+        self._scheduled = []
+        preemptions = self._count.preemptions
+        decodes = [r for r in self.running.values() if r.num_pending == 1]
+        prefills = [r for r in self.running.values() if r.num_pending > 1]
+        self._schedule_running(plan, decodes, self._max_tokens)
+        chunk = self._chunk_budget(plan)
+        chunk -= self._schedule_running(plan, prefills, chunk)
+        if self._count.preemptions == preemptions:
+            # After a preemption the victim would get back the room that was just taken from it.
+            self._admit_waiting(plan, chunk)
+        plan.free, self._freed_slots = self._freed_slots, []
+        self._count.schedule_seconds += time.perf_counter() - began
+        return plan if plan.rows else None
+
+    def _schedule_running(self, plan: SchedulerOutput, requests: list[Request], budget: int) -> int:
+        """Give running requests what the budget allows; returns the tokens used."""
+        used = 0
+        for request in requests:
+            n = min(request.num_pending, budget - used)
+            if n <= 0:
+                break
+            if request.status is not RequestStatus.RUNNING:
+                continue  # it was preempted for an earlier one
+            ops = self._allocate_or_preempt(plan, request, request.num_computed_tokens + n)
+            if ops is not None:
+                self._add_row(plan, request, n, ops)
+                used += n
+        return used
+
+    def _allocate_or_preempt(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
+        while (ops := self.kv.allocate_slots(request, upto)) is None:
+            victim = self.pick_victim()
+            self._preempt(plan, victim)
+            if victim is request:
+                return None
+        return ops
+
+    def _chunk_budget(self, plan: SchedulerOutput) -> int:
+        """Tokens of prefill this step may compute beside its decodes."""
+        room = self._max_tokens - plan.num_tokens
+        target = self.context.config.itl_target_ms
+        if not plan.rows or target is None:
+            return room
+        kv_tokens = sum(row.start for row in plan.rows)
+        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(_MIN_CHUNK, room), room)
+
+    def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
+        """Start waiting requests while there are slots, budget and room."""
+        passed_over: list[Request] = []
+        while budget > 0 and self.waiting and self._slots and len(passed_over) < _HOLD_WINDOW:
+            request = self.pop_waiting()
+            match = self.kv.get_computed_blocks(request)
+            if self._is_being_computed(request, match.num_tokens):
+                passed_over.append(request)
+                continue
+            n = min(len(request.tokens) - match.num_tokens, budget)
+            ops = self._start(request, match, n)
+            if ops is None:
+                passed_over.append(request)
+                break
+            self._admit(plan, request, match.num_tokens)
+            self._add_row(plan, request, n, ops)
+            budget -= n
+        for request in reversed(passed_over):
+            self.waiting[request.request_id] = request
+            self.waiting.move_to_end(request.request_id, last=False)
+
+    def _is_being_computed(self, request: Request, num_cached: int) -> bool:
+        """Whether a running request is about to compute the next blocks of this one: then waiting and copying is cheaper."""
+        if not self._computing:
+            return False
+        size = self.kv.block_size
+        hashes = request.block_hashes(size, len(request.tokens) - 1)
+        pending = 0
+        for block_hash in hashes[num_cached // size :]:
+            if block_hash not in self._computing:
+                break
+            pending += size
+        return pending >= max(2 * size, 32)
+
+    def _start(self, request: Request, match: PrefixMatch, n: int) -> KVOps | None:
+        """Room for the first n tokens, if the whole request is likely to fit beside those that run."""
+        if self.running:
+            to_come = min(request.params.max_tokens, int(self._mean_output))
+            if len(request.tokens) - match.num_tokens + to_come > self.kv.free_tokens():
+                return None
+        return self.kv.allocate_slots(request, match.num_tokens + n, match)
+
+    def _admit(self, plan: SchedulerOutput, request: Request, num_cached: int) -> None:
+        self._count.prefix_queries += 1
+        self._count.prefix_hits += num_cached > 0
+        if not request.started:
+            request.started = True
+            request.num_cached_tokens = num_cached
+            self._count.cached_prompt_tokens += num_cached
+            self._started.append(request.request_id)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = num_cached
+        request.slot = heapq.heappop(self._slots)
+        self.running[request.request_id] = request
+        size = self.kv.block_size
+        for block_hash in request.block_hashes(size)[num_cached // size :]:
+            self._computing.setdefault(block_hash, request.request_id)
+        plan.start.append(SequenceInit(request.slot, request.params, request.tokens[:], request.num_prompt_tokens))
+
+    def _add_row(self, plan: SchedulerOutput, request: Request, n: int, ops: KVOps) -> None:
+        assert request.slot is not None
+        start = request.num_computed_tokens
+        tokens = request.tokens
+        plan.rows.append(
+            Row(
+                slot=request.slot,
+                start=start,
+                n=n,
+                tokens=tokens[start : start + n],
+                n_draft=0,
+                sample=start + n == len(tokens),
+                kv=ops,
+            )
+        )
+        plan.num_tokens += n
+        self._scheduled.append(request)
+
+    # --- taking in a step ---------------------------------------------------------------------------------------------
+
+    def update_from_output(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> list[EngineOutput]:
+        began = time.perf_counter()
+        self._observe(plan, output.device_ms)
+        outputs: list[EngineOutput] = []
+        sampled = iter(zip(output.tokens, output.logprobs, strict=True))
+        for request, row in zip(self._scheduled, plan.rows, strict=True):
+            tokens, logprobs = next(sampled) if row.sample else ([], None)
+            if request.status is not RequestStatus.RUNNING:
+                continue  # aborted while the step ran
+            self._computed(request, row)
+            if tokens:
+                outputs.append(self._append(request, tokens, logprobs))
+        self._scheduled = []
+        self._count.steps += 1
+        self._count.schedule_seconds += time.perf_counter() - began
+        return outputs
+
+    def _observe(self, plan: SchedulerOutput, milliseconds: float) -> None:
+        num_decode = sum(row.n == 1 for row in plan.rows)
+        kv_tokens = sum(row.start for row in plan.rows)
+        self.context.cost_model.observe(plan.num_tokens - num_decode, num_decode, kv_tokens, milliseconds)
+        self._count.step_tokens += plan.num_tokens
+        self._count.model_seconds += milliseconds / 1e3
+
+    def _computed(self, request: Request, row: Row) -> None:
+        first = request.num_computed_tokens
+        request.num_computed_tokens = first + row.n
+        self.kv.cache_blocks(request, request.num_computed_tokens)
+        size = self.kv.block_size
+        self._no_longer_computing(request, first // size, request.num_computed_tokens // size)
+        prompt = max(0, min(request.num_computed_tokens, request.num_prompt_tokens) - first)
+        self._count.prompt_tokens += prompt
+        if request.num_preemptions:
+            self._count.recomputed_prompt_tokens += prompt
+        self.on_computed(request, row.n)
+
+    def _append(
+        self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> EngineOutput:
+        """Known tokens grow by what was drawn, up to the first that ends the request."""
+        params = request.params
+        reason: FinishReason | None = None
+        emitted: list[int] = []
+        for token in tokens:
+            request.tokens.append(token)
+            self._count.generation_tokens += 1
+            if token in params.stop_token_ids or token in self.context.eos_token_ids:
+                reason = FinishReason.STOP
+                break
+            emitted.append(token)
+            if request.num_output_tokens >= params.max_tokens:
+                reason = FinishReason.LENGTH
+                break
+        generated = request.num_output_tokens
+        if reason is not None:
+            self._mean_output += 0.1 * (generated - self._mean_output)
+            self._finish(request)
+        return EngineOutput(
+            request.request_id,
+            emitted,
+            reason,
+            generated,
+            min(request.num_cached_tokens, request.num_prompt_tokens),
+            None if logprobs is None else logprobs[: len(emitted)],
+        )
+
+    # --- leaving ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, request: Request) -> None:
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+
+    def _preempt(self, plan: SchedulerOutput, request: Request) -> None:
+        """Take a running request's room; it starts over later, from what is then still cached."""
+        if request in self._scheduled:
+            i = self._scheduled.index(request)
+            plan.num_tokens -= plan.rows[i].n
+            del self._scheduled[i], plan.rows[i]
+        self._release(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._count.preemptions += 1
+        self.waiting[request.request_id] = request
+        self.waiting.move_to_end(request.request_id, last=False)
+
+    def _release(self, request: Request) -> None:
+        assert request.slot is not None
+        self.kv.free(request, keep=True)
+        self._no_longer_computing(request, request.num_computed_tokens // self.kv.block_size, None)
+        del self.running[request.request_id]
+        heapq.heappush(self._slots, request.slot)
+        self._freed_slots.append(request.slot)
+        request.slot = None
+
+    def _no_longer_computing(self, request: Request, first_block: int, upto_block: int | None) -> None:
+        if not self._computing:
+            return
+        for block_hash in request.hashes[first_block:upto_block]:
+            if self._computing.get(block_hash) == request.request_id:
+                del self._computing[block_hash]
+
+    # --- books --------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        count = self._count
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            kv_cache_usage=self.kv.stats().usage,
+            num_steps=count.steps,
+            num_preemptions=count.preemptions,
+            prompt_tokens=count.prompt_tokens,
+            cached_prompt_tokens=count.cached_prompt_tokens,
+            recomputed_prompt_tokens=count.recomputed_prompt_tokens,
+            generation_tokens=count.generation_tokens,
+            prefix_cache_queries=count.prefix_queries,
+            prefix_cache_hits=count.prefix_hits,
+            step_tokens=count.step_tokens,
+            schedule_seconds=count.schedule_seconds,
+            model_seconds=count.model_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Verify slots, the cache's books and what is registered as being computed. For tests, after every step.
+
+        Raises:
+            AssertionError: what does not add up.
+        """
+        self.kv.check_integrity()
+        used = sorted(r.slot for r in self.running.values() if r.slot is not None)
+        assert sorted([*self._slots, *used]) == list(range(self._max_num_seqs)), "slots leaked"
+        assert not (self.running.keys() & self.waiting.keys()), "a request runs and waits at once"
+        assert set(self._computing.values()) <= self.running.keys(), "a gone request still counts as computing"

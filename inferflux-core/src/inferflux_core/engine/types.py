@@ -1,0 +1,234 @@
+"""The engine's vocabulary: what a step is made of, and what crosses between server and engine process.
+
+This module holds data only and imports nothing of InferFlux, so every layer may use it. Hot, mutable objects are slotted
+dataclasses that never leave the engine process; messages are frozen msgspec structs. Names are vLLM v1's where it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. The values are OpenAI's where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one sequence are drawn. Validated at the edge; the engine trusts it.
+
+    Attributes:
+        max_tokens: most tokens to generate; at least 1.
+        min_tokens: end-of-sequence and stop tokens cannot be drawn before this many tokens.
+        temperature: 0 means greedy.
+        top_p: smallest set of tokens whose probability reaches it; 1 means off.
+        top_k: number of most likely tokens to keep; 0 means off.
+        min_p: least probability relative to the most likely token; 0 means off.
+        repetition_penalty: divides (multiplies negative) logits of tokens seen in prompt or output (CTRL, arXiv 1909.05858).
+        frequency_penalty: subtracted once for each occurrence in the output (OpenAI).
+        presence_penalty: subtracted once if the token occurs in the output (OpenAI).
+        logit_bias: token id to addend.
+        seed: key of the noise; the same seed gives the same draw whatever else is in the batch.
+        stop_token_ids: tokens that end the sequence beside the model's own.
+        ignore_eos: end-of-sequence tokens are never drawn, so the output runs to max_tokens (as in llama.cpp).
+        logprobs: number of alternatives to report with each token; None reports nothing, 0 only the token drawn.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of a drawn token under the model's raw distribution, with the most likely alternatives.
+
+    Attributes:
+        logprob: natural logarithm, of the token drawn.
+        top: (token id, logprob), most likely first; as many as `SamplingParams.logprobs` asked for.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+# --- what crosses between server and engine process -------------------------------------------------------------------
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate.
+
+    Attributes:
+        request_id: unique among live requests.
+        prompt_token_ids: at least one token; prompt and max_tokens fit into max_model_len.
+        cache_salt: prefixes are shared only among equal salts (the principal's tenant).
+        tenant: whose service the fair scheduler counts.
+        priority: lower is served earlier, as in vLLM; 0 is normal.
+        arrival_time: `time.monotonic()` of the server process; the clock is the machine's.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    cache_salt: str = ""
+    tenant: str = ""
+    priority: int = 0
+    arrival_time: float = 0.0
+
+
+class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought to one request.
+
+    Attributes:
+        token_ids: tokens drawn in this step, in order; the stop token that ended the request is not among them.
+        logprobs: one entry per token when asked for.
+        finish_reason: set on the last output of the request.
+        num_generated: tokens drawn so far, a final stop token included: what usage reports.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    num_generated: int = 0
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and monotonic counters of one engine since its start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    recomputed_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    step_tokens: int = 0
+    schedule_seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
+# --- one step, inside the engine process ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class PagedOps:
+    """Blocks appended to the sequence's block table in this step."""
+
+    new_blocks: Sequence[int] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class SequenceOps:
+    """What a library that owns its cells does before computing the row.
+
+    Attributes:
+        stream: the library's own sequence id that holds this sequence's cells.
+        copy_from: stream to copy from first, as a whole; None for no copy.
+        keep_len: positions to keep after the copy, everything from here on is removed; None leaves the stream alone.
+        clear: other streams whose cells are dropped first, to make room in a shared pool.
+    """
+
+    stream: int
+    copy_from: int | None = None
+    keep_len: int | None = None
+    clear: tuple[int, ...] = ()
+
+
+KVOps = PagedOps | SequenceOps
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence in one step: compute positions [start, start + n).
+
+         cached or computed before      this step          later
+        |------------------------------|-----------------|--------------|
+        0                            start           start + n     len(tokens)
+
+    Attributes:
+        slot: dense index below max_num_seqs, stable while the sequence runs.
+        tokens: the n known tokens; None means the last sampled token, which is still on the device.
+        n_draft: trailing tokens of the row to verify.
+        sample: False for inner prefill chunks, whose logits nobody needs.
+        kv: cache operations to apply before the forward pass.
+    """
+
+    slot: int
+    start: int
+    n: int
+    tokens: Sequence[int] | None
+    n_draft: int
+    sample: bool
+    kv: KVOps
+
+
+@dataclass(slots=True)
+class SequenceInit:
+    """A sequence that gets a slot in this step: the sampler's state begins with these tokens.
+
+    Attributes:
+        tokens: prompt, and output so far when the sequence resumes after preemption.
+        num_prompt_tokens: how many of them are the prompt.
+    """
+
+    slot: int
+    params: SamplingParams
+    tokens: Sequence[int]
+    num_prompt_tokens: int
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """The plan of one step: decodes first, then prefill chunks; a backend may batch the rows in any order.
+
+    Attributes:
+        start: sequences that get a slot now.
+        free: slots released since the last step; freed before the new ones start.
+    """
+
+    step: int
+    rows: list[Row]
+    num_tokens: int
+    start: list[SequenceInit] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """What one step computed.
+
+    Attributes:
+        tokens: for each row with `sample`, in the order of rows: accepted drafts and one more token.
+        logprobs: parallel to tokens; None for rows that did not ask.
+        device_ms: time of the forward pass, which feeds the cost model.
+    """
+
+    step: int
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs] | None]
+    device_ms: float

@@ -1,0 +1,156 @@
+"""What every protocol adapter gives to the pipeline and gets back. Nothing here knows a wire format."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks. Without an auth provider everyone is this anonymous principal of the default tenant."""
+
+    subject: str = "anonymous"
+    tenant: str = "default"
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """Rides with one request from the first check to the last metric.
+
+    Attributes:
+        request_id: echoed to the client as `x-request-id`, written in logs.
+        endpoint: route template, e.g. `/v1/chat/completions`; a metrics label.
+        arrival: `time.monotonic()` when the request came in.
+        deadline: `time.monotonic()` after which the request ends with 504.
+    """
+
+    endpoint: str
+    deadline: float
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    principal: Principal = Principal()
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages for the model's chat template, already validated as a wire format, content flattened to what templates expect."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = ChatPrompt | str | list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request of a client: every prompt is answered `n` times.
+
+    Choice index = prompt index * n + choice of that prompt, as in /v1/completions.
+
+    Attributes:
+        model: name or alias; None means the default model.
+        prompts: chat messages, text, or token ids.
+        max_tokens: None means as many as the context holds (chat) or what the adapter chose.
+        stop: stop strings; not part of the output.
+        seed: None means a random one.
+        logprobs: number of alternatives per token; None reports nothing.
+        max_tokens_param, prompt_param: wire names for error messages.
+    """
+
+    model: str | None
+    prompts: Sequence[Prompt]
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
+    prompt_param: str = "messages"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token as the client sees it in logprobs: its text (U+FFFD for a part of a code point) and its exact bytes."""
+
+    token: str
+    bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A drawn token and its most likely alternatives."""
+
+    drawn: TokenText
+    top: Sequence[TokenText]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a whole request, all prompts and choices together."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """First event: the request was accepted and its first output is at hand.
+
+    Attributes:
+        model: canonical name of the model that answers.
+        system_fingerprint: changes when weights or backend change.
+        prompt_texts: for each prompt its text, for `echo`.
+    """
+
+    model: str
+    system_fingerprint: str
+    prompt_texts: Sequence[str]
+
+
+@dataclass(slots=True)
+class Delta:
+    """New text of one choice. Never ends inside a code point or inside what may become a stop string.
+
+    Attributes:
+        tokens: entries of the tokens behind this text when logprobs were asked for; parallel in order, not in length.
+        finish_reason: OpenAI's `stop` or `length` on the last delta of the choice.
+    """
+
+    index: int
+    text: str
+    tokens: list[TokenEntry] | None = None
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Last event: every choice has ended."""
+
+    usage: Usage
+
+
+Event = Started | Delta | Done

@@ -1,0 +1,122 @@
+"""Probes for orchestrators, a status page for people and the metrics page."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inferflux_core.serving.error_responses import json_response
+from inferflux_core.serving.openai.wire import encode
+from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.services import ModelView, Services
+from inferflux_core.telemetry.version import VERSION
+
+RETRY_AFTER_SECONDS = 1
+
+
+class Alive(msgspec.Struct, frozen=True):
+    """Reply of `/livez`."""
+
+    status: str = "alive"
+
+
+class ModelReadiness(msgspec.Struct, frozen=True):
+    """What `/readyz` says of a model."""
+
+    name: str
+    state: str
+    default: bool
+    making_progress: bool
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Reply of `/readyz`; status is `ready`, `not_ready` or `draining`."""
+
+    status: str
+    models: list[ModelReadiness]
+
+
+class ModelHealth(msgspec.Struct, frozen=True):
+    """What `/healthz` says of a model."""
+
+    name: str
+    state: str
+    requests_running: int
+    requests_waiting: int
+    kv_cache_usage_ratio: float
+    restarts: int
+    last_error: str | None
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Reply of `/healthz`; status is `ok`, `degraded` (some model is not ready) or `draining`."""
+
+    status: str
+    version: str
+    uptime_s: float
+    models: list[ModelHealth]
+
+
+def health_routes(services: Services) -> APIRouter:
+    """The routes that probes and Prometheus ask. They take no body and cost no token."""
+    router = APIRouter(tags=["Operations"])
+
+    @router.get("/livez", **documented(None, Alive, errors=()))
+    async def livez() -> Response:
+        """The process answers. A model that fails is no reason to restart the process; see `/readyz`."""
+        return json_response(encode(Alive()))
+
+    @router.get("/readyz", **documented(None, Readiness, errors=(), statuses=(503,)))
+    async def readyz() -> Response:
+        """Whether new requests should come here: the default model is ready and its engine makes progress."""
+        readiness = _readiness(services)
+        if readiness.status == "ready":
+            return json_response(encode(readiness))
+        return json_response(encode(readiness), 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+    @router.get("/healthz", **documented(None, Health, errors=()))
+    async def healthz() -> Response:
+        """What the server and its models are doing, for people. Always 200; probes ask the other two."""
+        return json_response(encode(_health(services)))
+
+    if services.settings.metrics.enabled:
+
+        @router.get("/metrics", **documented(None, None, errors=()))
+        async def metrics(request: Request) -> Response:
+            """Prometheus metrics."""
+            page, content_type = services.metrics.scrape(request.headers.get("accept", ""))
+            return Response(page, media_type=content_type)
+
+    return router
+
+
+def _readiness(services: Services) -> Readiness:
+    views = services.models.list()
+    default_ready = any(view.is_default and view.state == "ready" and view.making_progress for view in views)
+    status = "draining" if services.state.draining else "ready" if default_ready else "not_ready"
+    return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in views])
+
+
+def _health(services: Services) -> Health:
+    views = services.models.list()
+    ok = all(view.state == "ready" and view.making_progress for view in views)
+    status = "draining" if services.state.draining else "ok" if ok else "degraded"
+    uptime = round(time.monotonic() - services.state.started, 3)
+    return Health(status, VERSION, uptime, [_model_health(view) for view in views])
+
+
+def _model_health(view: ModelView) -> ModelHealth:
+    stats = view.stats
+    return ModelHealth(
+        view.name,
+        view.state,
+        stats.num_running,
+        stats.num_waiting,
+        stats.kv_cache_usage,
+        view.restarts,
+        view.last_error,
+    )

@@ -1,0 +1,45 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inferflux_core.serving.error_responses import json_response
+from inferflux_core.serving.openai.wire import ModelExtras, ModelList, ModelObject, encode
+from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.services import ModelView, Services
+
+
+def model_object(view: ModelView) -> ModelObject:
+    """A model as OpenAI describes one, with what only this server knows under `inferflux`."""
+    return ModelObject(
+        id=view.name,
+        created=view.created,
+        inferflux=ModelExtras(
+            backend=view.backend,
+            max_model_len=view.max_model_len,
+            aliases=view.aliases,
+            default=view.is_default,
+            state=view.state,
+            details=view.details,
+        ),
+    )
+
+
+def model_routes(services: Services) -> APIRouter:
+    """The routes that tell which models there are."""
+    router = APIRouter(tags=["OpenAI"])
+
+    @router.get("/v1/models", **documented(None, ModelList))
+    async def list_models() -> Response:
+        """All configured models, loaded or not, in the order of the configuration."""
+        return json_response(encode(ModelList([model_object(view) for view in services.models.list()])))
+
+    @router.get("/v1/models/{model_id:path}", **documented(None, ModelObject, errors=(404,)))
+    async def retrieve_model(request: Request, model_id: str) -> Response:
+        """One model by its name, which may contain slashes, or by an alias."""
+        return json_response(encode(model_object(services.models.get(model_id))))
+
+    return router

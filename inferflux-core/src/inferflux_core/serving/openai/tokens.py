@@ -1,0 +1,199 @@
+"""`POST /tokenize`, `/detokenize` and `/apply-template`, in vLLM's and llama-server's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+import msgspec
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inferflux_core.errors import InvalidRequestError, ModelLoadingError
+from inferflux_core.interfaces import Tokenizer
+from inferflux_core.serving.error_responses import json_response
+from inferflux_core.serving.exchange import Exchange
+from inferflux_core.serving.generation import Prompt
+from inferflux_core.serving.json_body import read_model
+from inferflux_core.serving.openai.fields import TokenId
+from inferflux_core.serving.openai.messages import Message, to_chat_prompt
+from inferflux_core.serving.openai.wire import encode
+from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.services import ModelView, Services
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str | None = Field(None, description="Name or alias of a model; by default the server's default model.")
+
+
+class TokenizeBody(_Body):
+    """Body of `POST /tokenize`: exactly one of `prompt`, `messages` (vLLM) and `content` (llama-server).
+
+    Attributes:
+        add_special_tokens: vLLM's name; true by default for `prompt`, false for `messages`, whose template adds its own.
+        add_special: llama-server's name; false by default.
+        parse_special: read the texts of control tokens as these tokens.
+        return_token_strs: vLLM: also return the text of each token.
+        with_pieces: llama-server: return objects of id and text instead of ids.
+    """
+
+    prompt: str | None = None
+    messages: Messages | None = None
+    content: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("prompt", "messages", "content") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                f"Send exactly one of 'prompt', 'messages' and 'content'; this request has {len(given)} of them.",
+                param=given[1] if given else "prompt",
+            )
+        return self
+
+    def text(self) -> tuple[Prompt, bool]:
+        """What to tokenize, and whether the model's BOS and EOS go around it."""
+        if self.messages is not None:
+            return to_chat_prompt(self.messages), bool(self.add_special_tokens)
+        if self.prompt is not None:
+            return self.prompt, self.add_special_tokens is not False
+        return self.content or "", bool(self.add_special)
+
+
+class DetokenizeBody(_Body):
+    """Body of `POST /detokenize`."""
+
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class TemplateBody(_Body):
+    """Body of `POST /apply-template`."""
+
+    messages: Messages
+
+
+class TokenizeReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Reply to `prompt` and `messages`."""
+
+    count: int
+    max_model_len: int | None
+    tokens: Sequence[int]
+    token_strs: list[str] | None = None
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A token with its text, or with its bytes where these are no text of their own."""
+
+    id: int
+    piece: str | list[int]
+
+
+class ContentReply(msgspec.Struct, frozen=True):
+    """Reply to `content`."""
+
+    tokens: Sequence[int] | list[Piece]
+
+
+class DetokenizeReply(msgspec.Struct, frozen=True):
+    """The text twice: under vLLM's name and under llama-server's."""
+
+    prompt: str
+    content: str
+
+
+class TemplateReply(msgspec.Struct, frozen=True):
+    """What the model would read."""
+
+    prompt: str
+
+
+def token_routes(services: Services) -> APIRouter:
+    """The routes that show how a model reads text."""
+    router = APIRouter(tags=["Tokens"])
+    models, server = services.models, services.settings.server
+
+    def find(request: Request, name: str | None) -> ModelView:
+        view = models.get(name)
+        Exchange.of(request.scope).model = view.name
+        return view
+
+    @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply | ContentReply))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text or a conversation."""
+        body = await read_model(request, TokenizeBody, server)
+        view = find(request, body.model)
+        text, add_special = body.text()
+        # Both servers read control tokens in raw text unless told not to; nothing is generated here.
+        tokens = await models.tokenize(view, text, add_special, body.parse_special is not False)
+        if body.content is None:
+            texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
+            return json_response(encode(TokenizeReply(len(tokens), view.max_model_len, tokens, texts)))
+        if body.with_pieces:
+            return json_response(encode(ContentReply(await asyncio.to_thread(_pieces, _tokenizer(view), tokens))))
+        return json_response(encode(ContentReply(tokens)))
+
+    @router.post("/detokenize", **documented(DetokenizeBody, DetokenizeReply))
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, control tokens included; invalid UTF-8 becomes U+FFFD."""
+        body = await read_model(request, DetokenizeBody, server)
+        tokenizer = _tokenizer(find(request, body.model))
+        text = await asyncio.to_thread(_decode, tokenizer, body.tokens)
+        return json_response(encode(DetokenizeReply(text, text)))
+
+    @router.post("/apply-template", **documented(TemplateBody, TemplateReply))
+    async def apply_template(request: Request) -> Response:
+        """The text that the model's chat template makes of a conversation."""
+        body = await read_model(request, TemplateBody, server)
+        view = find(request, body.model)
+        text = await asyncio.to_thread(models.render_chat, view, to_chat_prompt(body.messages))
+        return json_response(encode(TemplateReply(text)))
+
+    return router
+
+
+def _tokenizer(view: ModelView) -> Tokenizer:
+    if view.tokenizer is None:
+        raise ModelLoadingError(
+            f"The tokenizer of model {view.name!r} is not loaded, because the model is {view.state}; try again later.",
+            param="model",
+        )
+    return view.tokenizer
+
+
+def _texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    return [tokenizer.token_bytes(token, special=True).decode("utf-8", "replace") for token in tokens]
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for token in tokens:
+        data = tokenizer.token_bytes(token, special=True)
+        try:
+            pieces.append(Piece(token, data.decode("utf-8")))
+        except UnicodeDecodeError:
+            pieces.append(Piece(token, list(data)))
+    return pieces
+
+
+def _decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """Decode, refusing ids beyond the vocabulary: native code is never asked about them."""
+    size: Any = tokenizer.vocab_size
+    for index, token in enumerate(tokens):
+        if token >= size:
+            raise InvalidRequestError(
+                f"Invalid value for 'tokens[{index}]': {token} is not in the vocabulary; ids go from 0 to {size - 1}.",
+                param=f"tokens[{index}]",
+            )
+    return tokenizer.decode(tokens, special=True)

@@ -1,0 +1,115 @@
+"""The description of the API at `/openapi.json`.
+
+Bodies are read by `json_body.py` and replies are encoded by msgspec, so FastAPI sees neither; here the routes say what they
+take and give, and the document is put together from the same classes that do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+_REF = "#/components/schemas/{name}"
+_SCHEMAS = "x-inferflux-schemas"  # carries classes from the routes to the document; not in the result
+
+_ERRORS = {
+    400: "The request is invalid.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    500: "The server failed.",
+    503: "The server or the model cannot take the request now.",
+    504: "The request took too long.",
+}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def documented(
+    body: type[BaseModel] | None,
+    reply: type[msgspec.Struct] | UnionType | None,
+    *,
+    streams: bool = False,
+    errors: Sequence[int] | None = None,
+    statuses: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Arguments of a route that describe it.
+
+    Args:
+        body: what it reads, or None.
+        reply: what it sends as JSON, or None for plain text.
+        streams: it may send server-sent events instead.
+        errors: statuses with a four-key error body; by default all that a route with a body can have.
+        statuses: further statuses with the body of `reply`.
+    """
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if reply is not None:
+        (schema,), _ = msgspec.json.schema_components([reply], ref_template=_REF)
+        content = {"application/json": {"schema": schema}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    responses: dict[str, Any] = {
+        str(status): {"description": "Success." if status == 200 else "Not now.", "content": content}
+        for status in (200, *statuses)
+    }
+    error_content = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
+    for status in _ERRORS if errors is None else errors:
+        responses[str(status)] = {"description": _ERRORS[status], "content": error_content}
+    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: (body, reply)}
+    if body is not None:
+        schema = {"$ref": _REF.format(name=body.__name__)}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"response_model": None, "openapi_extra": extra}
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make the application describe itself completely; the document is made at the first request for it."""
+    document: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not document:
+            document.update(_document(app))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    bodies: dict[str, type[BaseModel]] = {}
+    replies: list[Any] = []
+    for path in document["paths"].values():
+        for operation in path.values():
+            body, reply = operation.pop(_SCHEMAS, (None, None))
+            if body is not None:
+                bodies[body.__name__] = body
+            if reply is not None:
+                replies.append(reply)
+            operation["responses"].pop("422", None)  # FastAPI's own shape of errors, which is never sent
+    _, definitions = models_json_schema(
+        [(body, "validation") for body in bodies.values()], ref_template=_REF.replace("{name}", "{model}")
+    )
+    _, components = msgspec.json.schema_components(replies, ref_template=_REF)
+    document["components"] = {"schemas": {**definitions.get("$defs", {}), **components, "Error": _ERROR_SCHEMA}}
+    return document

@@ -1,0 +1,132 @@
+"""What the protocol adapters may use of the rest of the server: the pipeline, the models, settings, metrics and state.
+
+The two protocols say what adapters need, not who provides it, so that an adapter can be tested with scripted ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from inferflux_core.engine.types import EngineStats
+from inferflux_core.interfaces import Tokenizer
+from inferflux_core.serving.generation import ChatPrompt, Event, GenerationRequest, Prompt, RequestContext
+from inferflux_core.settings import Settings
+from inferflux_core.telemetry.metrics import Metrics
+
+
+class ModelView(Protocol):
+    """One configured model as clients and operators may see it.
+
+    Attributes:
+        name: canonical name.
+        aliases: further names that lead to this model.
+        is_default: whether requests that name no model go here.
+        state: `loading`, `ready`, `restarting` or `failed`.
+        created: Unix seconds at which the server was told about it.
+        backend: name of the backend that serves it.
+        max_model_len: most tokens of one sequence; None until it is loaded.
+        details: free text for people, such as architecture and quantisation.
+        restarts: how often its engine process was replaced.
+        stats: gauges and counters of its engine, of the last report.
+        tokenizer: None until it is loaded.
+        last_error: why it failed or restarted last, for people; None if it never did.
+        load_seconds: how long the last load took; None until it is loaded.
+        making_progress: False when work is queued and no step has finished for too long.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+    @property
+    def is_default(self) -> bool: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def created(self) -> int: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+    @property
+    def details(self) -> dict[str, str]: ...
+    @property
+    def restarts(self) -> int: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def last_error(self) -> str | None: ...
+    @property
+    def load_seconds(self) -> float | None: ...
+    @property
+    def making_progress(self) -> bool: ...
+
+
+class Models(Protocol):
+    """The configured models."""
+
+    def list(self) -> Sequence[ModelView]:
+        """All of them, in the order of the configuration."""
+
+    def get(self, name: str | None) -> ModelView:
+        """The model of this name or alias; None means the default one.
+
+        Raises:
+            ModelNotFoundError: no model has this name.
+        """
+
+    async def tokenize(self, view: ModelView, prompt: Prompt, add_special: bool, parse_special: bool) -> Sequence[int]:
+        """Token ids of a prompt, off the event loop.
+
+        Raises:
+            ModelLoadingError: the tokenizer is not there yet.
+            InvalidRequestError: the chat template refused the messages.
+        """
+
+    def render_chat(self, view: ModelView, prompt: ChatPrompt) -> str:
+        """The text that the model's chat template makes of messages. Blocks; call it in a thread.
+
+        Raises:
+            ModelLoadingError: the tokenizer is not there yet.
+            InvalidRequestError: the chat template refused the messages, or there is none.
+        """
+
+
+class Generation(Protocol):
+    """The one generation path (`serving/pipeline.py`)."""
+
+    def generate(self, context: RequestContext, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Answer a request: `Started`, then `Delta`s, then `Done`.
+
+        A `RequestError` before the first event means that nothing was generated. Closing the generator, or cancelling the
+        task that waits for its next event, aborts the request in the engine.
+        """
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What the server process is doing.
+
+    Attributes:
+        draining: a shutdown began; no new work is taken.
+        started: `time.monotonic()` when the process began to serve.
+    """
+
+    draining: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything an adapter needs, handed to `create_app`."""
+
+    pipeline: Generation
+    models: Models
+    settings: Settings
+    metrics: Metrics
+    state: ServerState

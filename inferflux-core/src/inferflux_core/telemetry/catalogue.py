@@ -1,0 +1,119 @@
+"""Every Prometheus metric of this server. The metrics are made from this list and the reference page is checked against it.
+
+Base units are seconds, tokens and ratios from 0 to 1. `model` is only ever a configured name or `unknown`, `endpoint` a route
+template, `status` an HTTP status: no label value comes from a client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+TOKEN_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSpec:
+    """One metric.
+
+    Attributes:
+        name: as scraped; counters end in `_total`.
+        type: Prometheus type.
+        labels: label names.
+        description: help text, with the unit.
+        buckets: upper bounds of a histogram.
+        stat: field of `EngineStats` that is read at each scrape; None for metrics that the server counts itself.
+    """
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    description: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    stat: str | None = None
+
+
+def _engine(name: str, kind: Literal["counter", "gauge"], stat: str, description: str) -> MetricSpec:
+    return MetricSpec(name=f"inferflux_{name}", type=kind, labels=("model",), description=description, stat=stat)
+
+
+def _histogram(name: str, buckets: tuple[float, ...], description: str) -> MetricSpec:
+    return MetricSpec(name=f"inferflux_{name}", type="histogram", labels=("model",), description=description, buckets=buckets)
+
+
+ENGINE: tuple[MetricSpec, ...] = (
+    _engine("requests_running", "gauge", "num_running", "Sequences that are being computed."),
+    _engine("requests_waiting", "gauge", "num_waiting", "Sequences that wait for a slot."),
+    _engine("kv_cache_usage_ratio", "gauge", "kv_cache_usage", "Share of the KV cache held by running sequences."),
+    _engine("preemptions_total", "counter", "num_preemptions", "Sequences that gave up their KV cache to make room."),
+    _engine("prompt_tokens_total", "counter", "prompt_tokens", "Prompt tokens of started requests."),
+    _engine("generation_tokens_total", "counter", "generation_tokens", "Tokens drawn."),
+    _engine("cached_prompt_tokens_total", "counter", "cached_prompt_tokens", "Prompt tokens from the prefix cache."),
+    _engine("recomputed_prompt_tokens_total", "counter", "recomputed_prompt_tokens", "Tokens computed again after preemption."),
+    _engine("prefix_cache_queries_total", "counter", "prefix_cache_queries", "Tokens looked up in the prefix cache."),
+    _engine("prefix_cache_hits_total", "counter", "prefix_cache_hits", "Tokens found in the prefix cache."),
+    _engine("engine_steps_total", "counter", "num_steps", "Steps of the engine."),
+    _engine("engine_step_tokens_total", "counter", "step_tokens", "Tokens computed in all steps, prompt and output."),
+    _engine("engine_schedule_seconds_total", "counter", "schedule_seconds", "Seconds spent planning steps."),
+    _engine("engine_model_seconds_total", "counter", "model_seconds", "Seconds spent in the model's forward passes."),
+)
+
+MODEL: tuple[MetricSpec, ...] = (
+    MetricSpec(name="inferflux_model_loaded", type="gauge", labels=("model",), description="1 if the model is ready."),
+    MetricSpec(
+        name="inferflux_model_load_seconds",
+        type="gauge",
+        labels=("model",),
+        description="Seconds the last load took; absent until the model was loaded once.",
+    ),
+    MetricSpec(
+        name="inferflux_engine_restarts_total",
+        type="counter",
+        labels=("model",),
+        description="Engine processes that were replaced after a crash or a hang.",
+    ),
+)
+
+SERVER: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        name="inferflux_requests_total",
+        type="counter",
+        labels=("endpoint", "status", "finish_reason"),
+        description="Requests that ended; finish_reason is empty where nothing was generated.",
+    ),
+    _histogram("time_to_first_token_seconds", TTFT_BUCKETS, "Seconds from arrival to the first token."),
+    _histogram("inter_token_latency_seconds", TOKEN_BUCKETS, "Seconds between two tokens of a choice."),
+    _histogram("request_time_per_output_token_seconds", TOKEN_BUCKETS, "Mean seconds per token of a request after its first."),
+    _histogram("request_duration_seconds", REQUEST_BUCKETS, "Seconds from arrival to the end of a successful request."),
+    _histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Seconds a request waited to be scheduled."),
+    _histogram("request_prefill_time_seconds", REQUEST_BUCKETS, "Seconds from being scheduled to the first token."),
+    _histogram("request_decode_time_seconds", REQUEST_BUCKETS, "Seconds from the first token to the last."),
+    MetricSpec(name="inferflux_errors_total", type="counter", labels=("reason",), description="Failed requests by error code."),
+    MetricSpec(
+        name="inferflux_client_disconnects_total",
+        type="counter",
+        description="Requests whose client left before the answer was complete.",
+    ),
+    MetricSpec(
+        name="inferflux_queue_rejections_total",
+        type="counter",
+        labels=("reason",),
+        description="Requests refused because a queue was full.",
+    ),
+    MetricSpec(
+        name="inferflux_build_info",
+        type="gauge",
+        labels=("version", "python_version"),
+        description="Always 1; the labels say what runs.",
+    ),
+)
+
+CATALOGUE: tuple[MetricSpec, ...] = SERVER + MODEL + ENGINE

@@ -1,0 +1,263 @@
+"""A backend without a model whose cache is real: what it answers depends on every cell it reads.
+
+Each cell holds a state that mixes the token of its position with the state of the position before, read through the cache.
+A wrong copy, a wrong block or a missed token therefore changes everything that follows, as it would in a model, while a
+step costs microseconds. Plugin authors use it to test schedulers; InferFlux uses it to load the server alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from inferflux_core.engine.sampling import Sampler, gumbel_noise
+from inferflux_core.engine.types import (
+    ModelRunnerOutput,
+    PagedOps,
+    Row,
+    SamplingParams,
+    SchedulerOutput,
+    SequenceOps,
+    TokenLogprobs,
+)
+from inferflux_core.errors import ModelFileError
+from inferflux_core.interfaces import (
+    Backend,
+    Capabilities,
+    EngineConfig,
+    GrammarMask,
+    KVCacheSpec,
+    ModelFiles,
+    ModelInfo,
+    ModelRunner,
+    ModelSource,
+    SourceContext,
+    Ticket,
+    Tokenizer,
+)
+from inferflux_core.testing.fake_settings import FakeSettings
+
+BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
+_SPECIAL = {BOS: "<s>", EOS: "</s>", IM_START: "<|im_start|>", IM_END: "<|im_end|>"}
+VOCAB_SIZE = 260
+_MASK = (1 << 61) - 1
+_LETTERS = b"etaoin shrdlu cmfwypvbgkjqxz"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class FakeSource(ModelSource):
+    """`fake`, or `fake:anything` for several."""
+
+    def matches(self, ref: str) -> bool:
+        return ref == "fake" or ref.startswith("fake:")
+
+    def resolve(self, ref: str, context: SourceContext) -> ModelFiles:
+        return ModelFiles(ref=ref, format="fake", paths=())
+
+
+class FakeTokenizer(Tokenizer):
+    """One token a byte, and four control tokens."""
+
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = frozenset({EOS, IM_END})
+    bos_token = "<s>"
+    eos_token = "</s>"
+    chat_template = CHAT_TEMPLATE
+    special_tokens = frozenset(_SPECIAL.values())
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        ids = [BOS] if add_special else []
+        return ids + (self._parse(text) if parse_special else list(text.encode()))
+
+    def _parse(self, text: str) -> list[int]:
+        for token, name in _SPECIAL.items():
+            if name in text:
+                before, after = text.split(name, 1)
+                return [*self._parse(before), token, *self._parse(after)]
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
+        if token_id < 256:
+            return bytes([token_id])
+        return _SPECIAL[token_id].encode() if special else b""
+
+
+class FakeBackend(Backend):
+    """Serves the format `fake`."""
+
+    formats: ClassVar[tuple[str, ...]] = ("fake",)
+
+    def __init__(self, settings: FakeSettings | None = None) -> None:
+        self._settings = settings or FakeSettings()
+
+    def validate(self, files: ModelFiles) -> None:
+        if files.paths:
+            raise ModelFileError(f"the fake backend has no use for files, but {files.ref!r} names some")
+
+    def tokenizer(self, files: ModelFiles) -> Tokenizer:
+        return FakeTokenizer()
+
+    def runner(self, files: ModelFiles, config: EngineConfig) -> ModelRunner:
+        time.sleep(self._settings.load_s)
+        return FakeRunner(self._settings, config)
+
+
+@dataclass(slots=True)
+class _Memory:
+    """States by cell. Paged: a table of blocks for each slot. Sequence: a list for each stream."""
+
+    block_size: int
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    streams: dict[int, list[int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _FakeTicket(Ticket):
+    states: list[int]
+    began: float
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[TokenLogprobs] | None] = field(default_factory=list)
+
+
+class FakeRunner(ModelRunner):
+    """Computes states instead of tensors."""
+
+    def __init__(self, settings: FakeSettings, config: EngineConfig) -> None:
+        self._settings = settings
+        max_model_len = min(config.max_model_len or settings.max_model_len, settings.max_model_len)
+        if settings.layout == "paged":
+            max_model_len = min(max_model_len, (settings.num_blocks - 1) * settings.block_size)
+        self.model_info = ModelInfo(
+            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, eos_token_ids=FakeTokenizer.eos_token_ids
+        )
+        self.kv_cache_spec = KVCacheSpec(
+            layout=settings.layout,
+            block_size=settings.block_size,
+            num_blocks=settings.num_blocks,
+            num_streams=settings.num_streams or config.max_num_seqs,
+            stream_tokens=max_model_len,
+            pool_tokens=settings.pool_tokens,
+            can_trim=settings.can_trim,
+        )
+        self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        self._memory = _Memory(settings.block_size)
+        self._sampler = Sampler(VOCAB_SIZE, self.model_info.eos_token_ids)
+        self._plain: dict[int, bool] = {}  # slot -> nothing but greedy: no logits needed
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+    def launch(self, plan: SchedulerOutput) -> Ticket:
+        began = time.perf_counter()
+        for slot in plan.free:
+            self._sampler.free(slot)
+            self._memory.tables.pop(slot, None)
+        for init in plan.start:
+            self._sampler.start(init)
+            self._memory.tables.pop(init.slot, None)
+            self._plain[init.slot] = _is_plain(init.params)
+        for row in plan.rows:
+            self._apply(row)
+        states = [self._forward(row) for row in plan.rows]
+        return _FakeTicket(plan, states, began)
+
+    def _apply(self, row: Row) -> None:
+        memory = self._memory
+        match row.kv:
+            case PagedOps(new_blocks):
+                memory.tables.setdefault(row.slot, []).extend(new_blocks)
+            case SequenceOps(stream, copy_from, keep_len, clear):
+                for other in clear:
+                    memory.streams.pop(other, None)
+                if copy_from is not None:
+                    memory.streams[stream] = list(memory.streams[copy_from])
+                if keep_len is not None:
+                    del memory.streams.setdefault(stream, [])[keep_len:]
+
+    def _forward(self, row: Row) -> int:
+        assert row.tokens is not None
+        if isinstance(row.kv, SequenceOps):
+            return self._forward_stream(row.tokens, row, self._memory.streams[row.kv.stream])
+        return self._forward_blocks(row.tokens, row)
+
+    def _forward_stream(self, tokens: Sequence[int], row: Row, cells: list[int]) -> int:
+        assert len(cells) == row.start, f"row starts at {row.start}, the stream holds {len(cells)}"
+        state = cells[-1] if cells else 1
+        for token in tokens:
+            state = self._mix(state, token)
+            cells.append(state)
+        limit = self._settings.pool_tokens
+        assert limit is None or sum(map(len, self._memory.streams.values())) <= limit, "the shared pool overflowed"
+        return state
+
+    def _forward_blocks(self, tokens: Sequence[int], row: Row) -> int:
+        memory, size = self._memory, self._memory.block_size
+        table = memory.tables[row.slot]
+        state = 1
+        if row.start:
+            state = memory.blocks[table[(row.start - 1) // size]][(row.start - 1) % size]
+        for position, token in enumerate(tokens, row.start):
+            state = self._mix(state, token)
+            memory.blocks.setdefault(table[position // size], [0] * size)[position % size] = state
+        return state
+
+    def _mix(self, state: int, token: int) -> int:
+        if token == self._settings.crash_token:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if token == self._settings.hang_token:
+            threading.Event().wait()
+        return ((state ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & _MASK
+
+    def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
+        assert isinstance(ticket, _FakeTicket)
+        for row, state in zip(ticket.plan.rows, ticket.states, strict=True):
+            if not row.sample:
+                continue
+            token, logprobs = self._draw(row, state)
+            ticket.tokens.append([token])
+            ticket.logprobs.append(None if logprobs is None else [logprobs])
+
+    def _draw(self, row: Row, state: int) -> tuple[int, TokenLogprobs | None]:
+        best = _favourite(state)
+        if self._plain[row.slot]:
+            return best, None
+        logits = gumbel_noise(state, 0, np.arange(VOCAB_SIZE))
+        logits[128:256] = -20.0  # no broken UTF-8 out of nowhere
+        logits[EOS] = logits[BOS] = logits[IM_START] = logits[IM_END] = -20.0
+        logits[best] = float(logits.max()) + 0.5
+        return self._sampler.sample(row.slot, row.start + row.n, logits)
+
+    def collect(self, ticket: Ticket) -> ModelRunnerOutput:
+        assert isinstance(ticket, _FakeTicket)
+        settings = self._settings
+        cost = (settings.step_ms + settings.token_ms * ticket.plan.num_tokens) / 1e3
+        if cost:
+            time.sleep(cost)
+        elapsed = (time.perf_counter() - ticket.began) * 1e3
+        return ModelRunnerOutput(ticket.plan.step, ticket.tokens, ticket.logprobs, elapsed)
+
+    def close(self) -> None:
+        self._memory = _Memory(self._settings.block_size)
+
+
+def _favourite(state: int) -> int:
+    """The greedy token: a letter, or once in about 64 the end."""
+    return IM_END if (state >> 20) % 64 == 0 else _LETTERS[(state >> 32) % len(_LETTERS)]
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return params == SamplingParams(
+        max_tokens=params.max_tokens, temperature=0.0, seed=params.seed, stop_token_ids=params.stop_token_ids
+    )
