@@ -118,7 +118,7 @@ def load_plugins(blocked: Iterable[str] = ()) -> PluginRegistry:
             continue
         try:
             plugin = entry_point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin must not end the program either
             raise PluginError(
                 f"plugin {entry_point.value!r} of {distribution} cannot be imported: {type(error).__name__}: {error}; "
                 f"repair or uninstall {distribution.name}, or block it with plugins.blocked in the configuration"
@@ -139,20 +139,36 @@ def _register(
         caller = manager.subset_hook_caller(
             hook, [other for other in manager.get_plugins() if other is not plugin]
         )
+        origin = f"hook {hook} of plugin {name!r} ({distribution})"
         try:
-            results = caller()
+            # A hook may be a generator: its body runs only here.
+            results = [list(result) if _is_several(result) else result for result in caller()]
         except Exception as error:
-            raise PluginError(
-                f"hook {hook} of plugin {name!r} ({distribution}) raised {type(error).__name__}: {error}"
-            ) from error
+            raise PluginError(f"{origin} raised {type(error).__name__}: {error}") from error
         for result in results:
+            if not isinstance(result, list):
+                raise PluginError(f"{origin} returned {result!r}; it must return Registration objects, in a list")
             for registration in result:
-                if not isinstance(registration, Registration):
-                    raise PluginError(
-                        f"hook {hook} of plugin {name!r} ({distribution}) returned {registration!r}; "
-                        f"it must return Registration objects"
-                    )
+                if problem := _unfit(registration):
+                    raise PluginError(f"{origin} returned {registration!r}; {problem}")
                 registry.add(kind, registration, distribution)
+
+
+def _is_several(result: object) -> bool:
+    return isinstance(result, Iterable) and not isinstance(result, str | bytes | Mapping)
+
+
+def _unfit(registration: object) -> str | None:
+    """What is wrong with something that a hook returned; None if it can be used."""
+    if not isinstance(registration, Registration):
+        return "it must return Registration objects"
+    if not isinstance(registration.name, str) or not registration.name:
+        return "a registration must have a name, which is a text"
+    if not callable(registration.factory):
+        return "a registration must have a factory, which is callable"
+    if not (isinstance(registration.settings, type) and issubclass(registration.settings, BaseModel)):
+        return "the settings of a registration must be a pydantic model"
+    return None
 
 
 def _distribution(entry_point: importlib.metadata.EntryPoint) -> Distribution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from inferflux_core.cli.effective import MASK
 from inferflux_core.cli.main import COMMANDS, cli
 from inferflux_core.config import Loaded, load_settings
 from inferflux_core.plugins import PluginRegistry
@@ -21,12 +23,12 @@ from inferflux_core.settings import ModelSettings, Settings
 HEAVY = ("pydantic", "yaml", "pluggy", "msgspec", "httpx", "rich", "fastapi", "numpy", "zmq", "uvicorn")
 SERVER_ONLY = ("fastapi", "starlette", "numpy", "zmq", "uvicorn", "httpx", "huggingface_hub")
 
-MASK = "********"
-
 
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for variable in [name for name in os.environ if name.startswith("INFERFLUX_")]:
+        monkeypatch.delenv(variable)
 
 
 def inferflux(*arguments: str, env: dict[str, str] | None = None) -> Result:

@@ -50,8 +50,8 @@ class TokenTally(msgspec.Struct):
 
     def __str__(self) -> str:
         cached = "" if self.cached_tokens is None else f" ({self.cached_tokens} from the cache)"
-        text = f"{self.answers} answers: {self.prompt_tokens} prompt tokens{cached}, {self.completion_tokens} generated"
-        return text + (f"; {self.without_usage} without figures from the server" if self.without_usage else "")
+        text = f"answers: {self.answers}, prompt tokens: {self.prompt_tokens}{cached}, generated: {self.completion_tokens}"
+        return text + (f"; without figures from the server: {self.without_usage}" if self.without_usage else "")
 
 
 class Chat:

@@ -11,7 +11,6 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.key_binding.key_bindings import NotImplementedOrNone
 
 FENCE = '"""'
 """Opens and closes a block in which Enter is an ordinary line break."""
@@ -77,7 +76,7 @@ def _key_bindings() -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add("enter", filter=~is_searching)
-    def _send(event: KeyPressEvent) -> NotImplementedOrNone:
+    def _send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
             buffer.delete_before_cursor()
@@ -86,16 +85,13 @@ def _key_bindings() -> KeyBindings:
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
-        return None
 
     @bindings.add("escape", "enter")
-    def _break_line(event: KeyPressEvent) -> NotImplementedOrNone:
+    def _break_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
-        return None
 
     @bindings.add("c-c", filter=~is_searching)
-    def _clear(event: KeyPressEvent) -> NotImplementedOrNone:
+    def _clear(event: KeyPressEvent) -> None:
         event.current_buffer.reset()
-        return None
 
     return bindings

@@ -14,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 from inferflux_core.config import AUTO_BACKEND, Loaded
 from inferflux_core.errors import PluginError
 from inferflux_core.plugins import PluginRegistry
-from inferflux_core.setting_keys import SettingPath, dotted, is_secret
+from inferflux_core.setting_keys import SettingPath, dotted, is_secret, type_at
 from inferflux_core.settings import ModelSettings
 
 MASK = "********"
@@ -66,28 +66,28 @@ class _PluginSecrets:
         """Whether the value is a secret, or nobody can say that it is none."""
         settings = self.loaded.settings
         match path:
-            case ("backends", str(name), str(key), *_):
-                return self._is_secret("backend", name, key)
-            case ("engine", "scheduler_settings", str(key), *_):
-                return self._is_secret("scheduler", settings.engine.scheduler, key)
-            case ("models", int(index), "backend_settings", str(key), *_):
+            case ("backends", str(name), *rest):
+                return self._is_secret("backend", name, tuple(rest))
+            case ("engine", "scheduler_settings", *rest):
+                return self._is_secret("scheduler", settings.engine.scheduler, tuple(rest))
+            case ("models", int(index), "backend_settings", *rest):
                 backend = settings.models[index].backend
-                names = self.registry.entries["backend"] if backend == AUTO_BACKEND else (backend,)
-                return all(self._is_secret("backend", name, key) for name in names) or any(
-                    self._is_declared_secret("backend", name, key) for name in names
-                )
+                if backend != AUTO_BACKEND:
+                    return self._is_secret("backend", backend, tuple(rest))
+                known = [found for name in self.registry.entries["backend"] if (found := self._type(name, tuple(rest)))]
+                return not known or any(map(is_secret, known))
         return False
 
-    def _is_secret(self, kind: str, name: str, key: str) -> bool:
+    def _is_secret(self, kind: str, name: str, path: SettingPath) -> bool:
         try:
-            fields = self.registry.get(kind, name).registration.settings.model_fields
+            model = self.registry.get(kind, name).registration.settings
         except PluginError:
             return True
-        return key not in fields or is_secret(fields[key].annotation)
+        annotation = type_at(path, model)
+        return annotation is None or is_secret(annotation)
 
-    def _is_declared_secret(self, kind: str, name: str, key: str) -> bool:
-        fields = self.registry.get(kind, name).registration.settings.model_fields
-        return key in fields and is_secret(fields[key].annotation)
+    def _type(self, backend: str, path: SettingPath) -> Any:
+        return type_at(path, self.registry.get("backend", backend).registration.settings)
 
 
 def _walk(path: SettingPath, value: Any, secrets: _PluginSecrets) -> Iterator[tuple[SettingPath, Any]]:
@@ -100,15 +100,18 @@ def _walk(path: SettingPath, value: Any, secrets: _PluginSecrets) -> Iterator[tu
     elif isinstance(value, tuple) and any(isinstance(item, ModelSettings) for item in value):
         for index, item in enumerate(value):
             yield from _walk((*path, index), item, secrets)
-    elif isinstance(value, SecretStr) or (value is not None and path in secrets):
-        yield path, MASK
     else:
-        yield path, _plain(value)
+        yield path, _plain(path, value, secrets)
 
 
-def _plain(value: Any) -> Any:
+def _plain(path: SettingPath, value: Any, secrets: _PluginSecrets) -> Any:
+    """The value as JSON has it, secrets masked at any depth."""
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain((*path, index), item, secrets) for index, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: _plain((*path, key), item, secrets) for key, item in value.items()}
+    if isinstance(value, SecretStr) or (value is not None and path in secrets):
+        return MASK
     return str(value) if isinstance(value, Path) else value
 
 

@@ -6,7 +6,8 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+from inferflux_core.models.prompts import ChatPrompt, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +34,6 @@ class RequestContext:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     principal: Principal = Principal()
     arrival: float = field(default_factory=time.monotonic)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    """Messages for the model's chat template, already validated as a wire format, content flattened to what templates expect."""
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]] | None = None
-    add_generation_prompt: bool = True
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-Prompt = ChatPrompt | str | list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,3 +142,18 @@ class Done:
 
 
 Event = Started | Delta | Done
+
+__all__ = [
+    "ChatPrompt",
+    "Delta",
+    "Done",
+    "Event",
+    "GenerationRequest",
+    "Principal",
+    "Prompt",
+    "RequestContext",
+    "Started",
+    "TokenEntry",
+    "TokenText",
+    "Usage",
+]

@@ -85,7 +85,7 @@ def health_routes(services: Services) -> APIRouter:
 
     if services.settings.metrics.enabled:
 
-        @router.get("/metrics", **documented(None, None, errors=()))
+        @router.get("/metrics", **documented(None, errors=()))
         async def metrics(request: Request) -> Response:
             """Prometheus metrics."""
             page, content_type = services.metrics.scrape(request.headers.get("accept", ""))

@@ -1,29 +1,18 @@
-"""JSON request bodies: read within a byte limit, checked before they are parsed, refused with the cause and the place.
+"""JSON documents of clients: checked before they are parsed, refused with the cause and the place.
 
-A hostile body costs little: what would make the parser build millions of objects is counted on the raw bytes first, with
-operations that run at memory speed, and large bodies are parsed in a thread.
+A hostile document costs little: what would make the parser build millions of objects is counted on the raw bytes first,
+with operations that run at memory speed.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import msgspec
-from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.types import Receive
 
-from inferflux_core.errors import InvalidRequestError, RequestTooLargeError
-from inferflux_core.serving.disconnect import ClientDisconnected
-from inferflux_core.serving.validation import first_error
-from inferflux_core.settings import ServerSettings
+from inferflux_core.errors import InvalidRequestError
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-INLINE_BYTES = 64 * 1024  # up to this size parsing is faster than handing over to a thread
 MAX_NODES = 100_000  # objects, arrays and members; bounds what the parser allocates
 MAX_STRINGS = 2 * MAX_NODES
 MAX_ELEMENTS = 1_000_000  # commas: all token ids of a request together
@@ -40,34 +29,6 @@ _LONE_SURROGATE = re.compile(
 )
 
 _decode = msgspec.json.Decoder().decode
-
-
-async def read_model(request: Request, model: type[ModelT], settings: ServerSettings) -> ModelT:
-    """Read, parse and validate the JSON body of a request.
-
-    Args:
-        model: pydantic model of the body; unknown fields are its own affair.
-
-    Raises:
-        HTTPException: 415, the body is not announced as plain `application/json`.
-        RequestTooLargeError: more bytes than `max_body_bytes`.
-        InvalidRequestError: not JSON, not an object, too deep, or not what the model wants.
-        ClientDisconnected: the client left before the body was complete.
-    """
-    _check_media_type(request)
-    body = await _read_body(request, settings.max_body_bytes)
-    if len(body) <= INLINE_BYTES:
-        return parse_model(body, model, settings.max_json_depth)
-    return await asyncio.to_thread(parse_model, body, model, settings.max_json_depth)
-
-
-def parse_model(body: bytes, model: type[ModelT], max_depth: int) -> ModelT:
-    """Parse and validate a body. Raises as `read_model` does."""
-    document = parse_object(body, max_depth)
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise first_error(error) from None
 
 
 def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
@@ -96,42 +57,6 @@ def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(document), "a number")
         _refuse(f"The request body must be a JSON object, but it is {kind}.")
     return document
-
-
-def _check_media_type(request: Request) -> None:
-    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
-    name, _, value = parameters.strip().partition("=")
-    plain = not parameters.strip() or (name.lower() == "charset" and value.strip('"').lower() == "utf-8")
-    if media_type.strip().lower() != "application/json" or not plain:
-        raise HTTPException(415, "The request must have the header 'Content-Type: application/json' and a UTF-8 body.")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise HTTPException(415, "Compressed request bodies are not accepted; send it without Content-Encoding.")
-
-
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced[:20]) > max_bytes:
-        _refuse_size(max_bytes)
-    return await read_bytes(request.receive, max_bytes)
-
-
-async def read_bytes(receive: Receive, max_bytes: int) -> bytes:
-    """The body of a request, given up as soon as it is larger than `max_bytes`.
-
-    Raises:
-        RequestTooLargeError: it is larger.
-        ClientDisconnected: the client left before it was complete.
-    """
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            _refuse_size(max_bytes)
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 def _check_structure(body: bytes, max_depth: int) -> None:
@@ -166,12 +91,6 @@ def _refuse_at(body: bytes, offset: int, cause: str) -> NoReturn:
     line = body.count(b"\n", 0, offset) + 1
     column = offset - body.rfind(b"\n", 0, offset)
     _refuse(f"The request body is not valid JSON: {cause} at line {line} column {column}.")
-
-
-def _refuse_size(max_bytes: int) -> NoReturn:
-    raise RequestTooLargeError(
-        f"The request body is larger than {max_bytes} bytes, the limit of this server (server.max_body_bytes); send less."
-    )
 
 
 def _refuse_depth(max_depth: int) -> NoReturn:

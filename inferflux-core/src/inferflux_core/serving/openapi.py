@@ -1,13 +1,12 @@
 """The description of the API at `/openapi.json`.
 
-Bodies are read by `json_body.py` and replies are encoded by msgspec, so FastAPI sees neither; here the routes say what they
+Bodies are read by `body_reader.py` and replies are encoded by msgspec, so FastAPI sees neither; here the routes say what they
 take and give, and the document is put together from the same classes that do the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import UnionType
 from typing import Any
 
 import msgspec
@@ -48,8 +47,7 @@ _ERROR_SCHEMA = {
 
 def documented(
     body: type[BaseModel] | None,
-    reply: type[msgspec.Struct] | UnionType | None,
-    *,
+    *replies: type[msgspec.Struct],
     streams: bool = False,
     errors: Sequence[int] | None = None,
     statuses: Sequence[int] = (),
@@ -58,15 +56,15 @@ def documented(
 
     Args:
         body: what it reads, or None.
-        reply: what it sends as JSON, or None for plain text.
+        replies: what it sends as JSON, one of these; none for plain text.
         streams: it may send server-sent events instead.
         errors: statuses with a four-key error body; by default all that a route with a body can have.
-        statuses: further statuses with the body of `reply`.
+        statuses: further statuses with the same body as success.
     """
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
-    if reply is not None:
-        (schema,), _ = msgspec.json.schema_components([reply], ref_template=_REF)
-        content = {"application/json": {"schema": schema}}
+    if replies:
+        schemas, _ = msgspec.json.schema_components(replies, ref_template=_REF)
+        content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {
@@ -76,7 +74,7 @@ def documented(
     error_content = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
     for status in _ERRORS if errors is None else errors:
         responses[str(status)] = {"description": _ERRORS[status], "content": error_content}
-    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: (body, reply)}
+    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: (body, replies)}
     if body is not None:
         schema = {"$ref": _REF.format(name=body.__name__)}
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -101,11 +99,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
     replies: list[Any] = []
     for path in document["paths"].values():
         for operation in path.values():
-            body, reply = operation.pop(_SCHEMAS, (None, None))
+            body, sent = operation.pop(_SCHEMAS, (None, ()))
             if body is not None:
                 bodies[body.__name__] = body
-            if reply is not None:
-                replies.append(reply)
+            replies.extend(sent)
             operation["responses"].pop("422", None)  # FastAPI's own shape of errors, which is never sent
     _, definitions = models_json_schema(
         [(body, "validation") for body in bodies.values()], ref_template=_REF.replace("{name}", "{model}")

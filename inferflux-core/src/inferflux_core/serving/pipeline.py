@@ -1,11 +1,335 @@
-"""The ONE generation path. (being written by the lead)"""
+"""The ONE generation path: every protocol adapter calls `Pipeline.generate`, so that no surface can skip a check.
+
+Route to a model, render and tokenise, check the lengths, submit, detokenise, stop. Whatever ends a request early (a client
+that went away, a deadline, a stop string) ends in the same abort of its engine requests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
 
-from inferflux_core.serving.generation import Event, GenerationRequest, RequestContext
+from inferflux_core.engine.client import EngineClient, OutputStream
+from inferflux_core.engine.types import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from inferflux_core.errors import (
+    ContextLengthExceededError,
+    DrainingError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    RequestTimeoutError,
+)
+from inferflux_core.interfaces import Tokenizer
+from inferflux_core.models.detokenizer import Detokenizer
+from inferflux_core.models.manager import ModelManager, ServedModel
+from inferflux_core.serving.generation import (
+    ChatPrompt,
+    Delta,
+    Done,
+    Event,
+    GenerationRequest,
+    Prompt,
+    RequestContext,
+    Started,
+    TokenEntry,
+    TokenText,
+    Usage,
+)
+from inferflux_core.serving.services import ServerState
+from inferflux_core.telemetry.metrics import Metrics
+
+# No tokenizer of a text model averages more bytes a token over a whole prompt: longer ones are refused unseen.
+_MAX_BYTES_PER_TOKEN = 32
+
+
+class _Choice:
+    """One choice on its way: its detokenizer and what it has generated."""
+
+    __slots__ = ("detokenizer", "finish_reason", "index", "num_cached", "num_generated", "request_id", "tokenizer")
+
+    def __init__(self, index: int, request_id: str, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.request_id = request_id
+        self.tokenizer = tokenizer
+        self.detokenizer = Detokenizer(tokenizer, request.stop, request.skip_special_tokens)
+        self.finish_reason: str | None = None
+        self.num_generated = 0
+        self.num_cached = 0
+
+    def take(self, output: EngineOutput) -> Delta:
+        """Text of an engine output; with a finish reason, also when it was a stop string that ended the choice."""
+        text = self.detokenizer.push(output.token_ids)
+        self.num_generated = output.num_generated
+        self.num_cached = output.num_cached_tokens
+        if self.detokenizer.stopped:
+            self.finish_reason = FinishReason.STOP
+        elif output.finish_reason is not None:
+            text += self.detokenizer.finish()
+            self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason
+        tokens = None
+        if output.logprobs is not None:
+            tokens = [self._entry(t, lp) for t, lp in zip(output.token_ids, output.logprobs, strict=True)]
+        return Delta(self.index, text, tokens, self.finish_reason)
+
+    def _entry(self, token: int, logprobs: TokenLogprobs) -> TokenEntry:
+        return TokenEntry(
+            self._text(token, logprobs.logprob), [self._text(other, logprob) for other, logprob in logprobs.top]
+        )
+
+    def _text(self, token: int, logprob: float) -> TokenText:
+        data = self.tokenizer.token_bytes(token, special=True)
+        return TokenText(data.decode("utf-8", "replace"), data, logprob)
 
 
 class Pipeline:
-    def generate(self, context: RequestContext, request: GenerationRequest) -> AsyncGenerator[Event, None]: ...
+    """Answers requests with the loaded models."""
+
+    def __init__(self, models: ModelManager, metrics: Metrics, state: ServerState) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._state = state
+        self._ids = itertools.count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._running = 0
+
+    async def wait_until_idle(self) -> None:
+        """Returns when no request is being answered."""
+        await self._idle.wait()
+
+    async def generate(self, context: RequestContext, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """Answer a request: `Started`, then `Delta`s, then `Done`.
+
+        Raises:
+            RequestError: before the first event when nothing was generated; later when the engine failed under it.
+        """
+        if self._state.draining:
+            raise DrainingError("The server is shutting down. Please retry, it may be another server's turn.")
+        self._running += 1
+        self._idle.clear()
+        try:
+            async for event in self._generate(context, request):
+                yield event
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def _generate(self, context: RequestContext, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        model = self._models.get(request.model)
+        engine = model.ready_engine()
+        tokenizer = model.ready_tokenizer()
+        prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
+        engine_requests = self._engine_requests(context, request, model, prompts)
+        choices = {
+            r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)
+        }
+        stream = OutputStream()
+        deadline = asyncio.get_running_loop().call_later(
+            max(0.0, context.deadline - time.monotonic()),
+            stream.fail,
+            RequestTimeoutError("The request took too long and was ended. Ask for fewer tokens or retry later."),
+        )
+        observer = _Observer(context, model, self._metrics)
+        try:
+            self._submit(engine, engine_requests, stream)
+            remaining = len(choices)
+            started = False
+            while remaining:
+                outputs = await stream.get()
+                observer.outputs_arrived(stream)
+                if not started:
+                    started = True
+                    yield Started(model.name, model.fingerprint, self._prompt_texts(request, prompts, tokenizer))
+                for delta in self._deltas(engine, choices, outputs):
+                    remaining -= delta.finish_reason is not None
+                    if delta.text or delta.tokens or delta.finish_reason is not None:
+                        yield delta
+            usage = self._usage(request, prompts, list(choices.values()))
+            observer.done(next(iter(choices.values())).finish_reason or "stop")
+            yield Done(usage)
+        except RequestError as error:
+            observer.failed(error)
+            raise
+        finally:
+            deadline.cancel()
+            engine.abort(list(choices))
+            observer.closed(sum(choice.num_generated for choice in choices.values()))
+
+    def _submit(self, engine: EngineClient, requests: list[EngineRequest], stream: OutputStream) -> None:
+        try:
+            engine.submit(requests, stream)
+        except OverloadedError:
+            self._metrics.queue_rejection("full")
+            raise
+
+    # --- before -------------------------------------------------------------------------------------------------------
+
+    async def _tokenize(self, model: ServedModel, request: GenerationRequest, prompt: Prompt) -> list[int]:
+        limit = model.max_model_len or 0
+        size = _size(prompt)
+        if size > limit * _MAX_BYTES_PER_TOKEN:
+            raise ContextLengthExceededError(
+                f"This model's maximum context length is {limit} tokens. Your input of {size} characters is longer than "
+                f"that in any wording. Please shorten it.",
+                param=request.prompt_param,
+            )
+        ids = await self._models.tokenize(model, prompt, request.add_special_tokens, False)
+        if not ids:
+            raise InvalidRequestError("The prompt is empty: it has no tokens.", param=request.prompt_param)
+        return list(ids)
+
+    def _engine_requests(
+        self, context: RequestContext, request: GenerationRequest, model: ServedModel, prompts: Sequence[list[int]]
+    ) -> list[EngineRequest]:
+        seed = secrets.randbits(62) if request.seed is None else request.seed & 0xFFFFFFFFFFFFFFFF
+        tokenizer = model.ready_tokenizer()
+        for token in (*request.logit_bias, *request.stop_token_ids):
+            if not 0 <= token < tokenizer.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token} is outside this model's vocabulary of {tokenizer.vocab_size}",
+                    param="logit_bias" if token in request.logit_bias else "stop_token_ids",
+                )
+        requests: list[EngineRequest] = []
+        for prompt in prompts:
+            max_tokens = self._max_tokens(request, model, len(prompt))
+            for choice in range(request.n):
+                params = SamplingParams(
+                    max_tokens=max_tokens,
+                    min_tokens=min(request.min_tokens, max_tokens),
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    top_k=request.top_k,
+                    min_p=request.min_p,
+                    repetition_penalty=request.repetition_penalty,
+                    frequency_penalty=request.frequency_penalty,
+                    presence_penalty=request.presence_penalty,
+                    logit_bias=dict(request.logit_bias),
+                    seed=(seed + choice) & 0xFFFFFFFFFFFFFFFF,
+                    stop_token_ids=frozenset(request.stop_token_ids),
+                    ignore_eos=request.ignore_eos,
+                    logprobs=request.logprobs,
+                )
+                requests.append(
+                    EngineRequest(
+                        request_id=f"{next(self._ids):x}",
+                        prompt_token_ids=prompt,
+                        params=params,
+                        # Tenants never see each other's prefixes, not even in the time a first token takes.
+                        cache_salt=f"{context.principal.tenant}\0{request.cache_salt}",
+                        tenant=context.principal.tenant,
+                        priority=request.priority,
+                        arrival_time=context.arrival,
+                    )
+                )
+        return requests
+
+    @staticmethod
+    def _max_tokens(request: GenerationRequest, model: ServedModel, prompt_tokens: int) -> int:
+        limit = model.max_model_len or 0
+        room = limit - prompt_tokens
+        wanted = request.max_tokens if request.max_tokens is not None else max(1, room)
+        if wanted > room:
+            raise ContextLengthExceededError(
+                f"This model's maximum context length is {limit} tokens. However, you requested {prompt_tokens + wanted} "
+                f"tokens ({prompt_tokens} in the {'messages' if request.prompt_param == 'messages' else 'prompt'}, {wanted} in "
+                f"the completion). Please reduce the length of either.",
+                param=request.prompt_param,
+            )
+        return wanted
+
+    # --- during and after ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _deltas(engine: EngineClient, choices: dict[str, _Choice], outputs: list[EngineOutput]) -> list[Delta]:
+        """What the outputs bring, one delta a choice however many steps they came from."""
+        deltas: dict[int, Delta] = {}
+        for output in outputs:
+            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                raise RequestError("The engine refused the request. Please report this with the request id.")
+            choice = choices[output.request_id]
+            if choice.finish_reason is not None:
+                continue  # already ended by a stop string
+            delta = choice.take(output)
+            if choice.finish_reason is not None and output.finish_reason is None:
+                engine.abort([choice.request_id])
+            earlier = deltas.get(choice.index)
+            if earlier is None:
+                deltas[choice.index] = delta
+            else:
+                earlier.text += delta.text
+                earlier.finish_reason = delta.finish_reason
+                if delta.tokens is not None:
+                    earlier.tokens = (earlier.tokens or []) + delta.tokens
+        return list(deltas.values())
+
+    @staticmethod
+    def _prompt_texts(request: GenerationRequest, prompts: Sequence[list[int]], tokenizer: Tokenizer) -> list[str]:
+        return [
+            prompt if isinstance(prompt, str) else tokenizer.decode(ids) if isinstance(prompt, list) else ""
+            for prompt, ids in zip(request.prompts, prompts, strict=True)
+        ]
+
+    @staticmethod
+    def _usage(request: GenerationRequest, prompts: Sequence[list[int]], choices: Sequence[_Choice]) -> Usage:
+        return Usage(
+            prompt_tokens=sum(map(len, prompts)),
+            completion_tokens=sum(choice.num_generated for choice in choices),
+            cached_tokens=sum(choice.num_cached for choice in choices[:: request.n]),
+        )
+
+
+class _Observer:
+    """Times one request for the metrics."""
+
+    def __init__(self, context: RequestContext, model: ServedModel, metrics: Metrics) -> None:
+        self._context = context
+        self._model = model.name
+        self._metrics = metrics
+        self._first: float | None = None
+        self._last = 0.0
+        self._queue_time: float | None = None
+        self._status = 499
+        self._finish_reason = "abort"
+
+    def outputs_arrived(self, stream: OutputStream) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            self._queue_time = max(0.0, (stream.started_at or now) - self._context.arrival)
+        else:
+            self._metrics.inter_token(self._model, now - self._last)
+        self._last = now
+
+    def done(self, finish_reason: str) -> None:
+        self._status = 200
+        self._finish_reason = finish_reason
+
+    def failed(self, error: RequestError) -> None:
+        self._status = error.status
+        self._finish_reason = "error"
+        self._metrics.error(error.code or error.type)
+
+    def closed(self, num_generated: int) -> None:
+        first = self._first
+        self._metrics.request_finished(
+            self._context.endpoint,
+            self._model,
+            self._status,
+            self._finish_reason,
+            duration=time.monotonic() - self._context.arrival,
+            ttft=None if first is None else first - self._context.arrival,
+            queue_time=self._queue_time,
+            num_generated=num_generated,
+            decode_time=None if first is None else self._last - first,
+        )
+
+
+def _size(prompt: Prompt) -> int:
+    """Characters of a prompt, tokens for token ids; a lower bound of what it is as text."""
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(content) for message in prompt.messages if isinstance(content := message.get("content"), str))
+    return len(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from inferflux_core.errors import InvalidRequestError
 
 TAG_MARK = "#"  # alternatives of a union are tagged with names that begin so; they are no part of a client's path
 _MAX_PATH = 200
+_LENGTHS = frozenset({"too_short", "too_long", "string_too_short", "string_too_long"})
+_SUBJECT = re.compile(r"(?:Input|String|List|Dictionary) should")
 
 
 def first_error(error: ValidationError) -> InvalidRequestError:
@@ -19,8 +22,8 @@ def first_error(error: ValidationError) -> InvalidRequestError:
     path = dotted_path(details["loc"])
     if details["type"] == "missing":
         return InvalidRequestError(f"Missing required parameter: {path!r}.", param=path)
-    reason = _reason(details)
-    return InvalidRequestError(f"Invalid value for {path!r}: {reason}{_received(details['input'])}.", param=path)
+    received = "" if details["type"] in _LENGTHS else _received(details["input"])
+    return InvalidRequestError(f"Invalid value for {path!r}: {_reason(details)}{received}.", param=path)
 
 
 def dotted_path(location: Sequence[int | str]) -> str:
@@ -37,9 +40,11 @@ def dotted_path(location: Sequence[int | str]) -> str:
 
 
 def _reason(details: Mapping[str, Any]) -> str:
-    message = str(details["msg"]).removeprefix("Value error, ").rstrip(".")
-    message = message.replace("Input should be", "it should be").replace("valid dictionary", "object")
-    return message.replace("valid list", "array").replace("a object", "an object").replace("a array", "an array")
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return "it should be an object"
+    if details["type"] == "list_type":
+        return "it should be an array"
+    return _SUBJECT.sub("it should", str(details["msg"])).replace(" after validation", "").rstrip(".")
 
 
 def _received(value: Any) -> str:

@@ -87,9 +87,11 @@ def bench(
     """Put load on OpenAI-compatible servers and compare them.
 
     Greedy streaming requests to /v1/completions. With several --url the servers take turns (A B A B ...), each
-    alternation sends the same prompts to each of them, and no two alternations share prompts. Figures are medians over
-    the alternations. The LAST --url is the reference: a ratio is the median of (server / reference), alternation by
-    alternation; for tokens a second more than 1 is better, for times less than 1.
+    alternation sends the same prompts to each of them, and no two alternations share prompts. A second benchmark on the
+    same servers wants another --seed, or it finds its prompts in their caches.
+
+    Figures are medians over the alternations. The LAST --url is the reference: a ratio is the median of
+    (server / reference), alternation by alternation; for tokens a second more than 1 is better, for times less than 1.
 
     \b
     Workloads (the size that --prompt-tokens changes; tokens out):

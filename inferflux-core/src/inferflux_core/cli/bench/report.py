@@ -17,6 +17,7 @@ from .client import Run, Target
 from .figures import Agreement, Figures, agreement, figures_of, medians, ratios, sample_of
 
 MAX_SHOWN_ALTERNATIONS = 5  # more of them are shown as a range
+MAX_CHANCE_CACHED = 0.1  # of the prompt tokens; distinct prompts have little more than a first token in common
 SHOWN_CHARACTERS = 60  # around the place where two texts part, with --show-diff
 
 
@@ -140,7 +141,7 @@ def print_report(report: Report) -> None:
     ]
     print_table(columns, rows)
     for server in report.servers:
-        for line in _remarks(server):
+        for line in _remarks(server, unshared=parameters.workload in ("plain", "mixed")):
             click.echo(line)
 
 
@@ -160,7 +161,7 @@ def print_differences(report: Report, targets: Sequence[Target], runs: Sequence[
             click.echo(shown, err=to_stderr)
 
 
-def _remarks(server: Server) -> list[str]:
+def _remarks(server: Server, *, unshared: bool) -> list[str]:
     messages: Counter[str] = Counter()
     for figures in server.alternations:
         messages.update(figures.errors)
@@ -171,11 +172,17 @@ def _remarks(server: Server) -> list[str]:
         lines.append(f"{server.name}: {short} answers are shorter than max_tokens: it may not know ignore_eos")
     if estimated:
         lines.append(f"{server.name}: {estimated} answers came without usage; their tokens are estimated from chunks")
+    if unshared and any(_cached_ratio(figures) > MAX_CHANCE_CACHED for figures in server.alternations):
+        lines.append(f"{server.name}: prompts that share nothing came from its cache. Has it seen this --seed before?")
     if server.agreement is not None:
         lines.append(_agreement_line(server.agreement))
     busy = server.medians["client_cpu_ratio"] or 0.0
     lines.append(f"{server.name}: the load generator took {busy:.0%} of one core")
     return lines
+
+
+def _cached_ratio(figures: Figures) -> float:
+    return (figures.cached_tokens or 0) / figures.prompt_tokens if figures.prompt_tokens else 0.0
 
 
 def _agreement_line(found: Agreement) -> str:

@@ -90,11 +90,12 @@ class Workload:
     def scripts(self, requests: int, *, seed: int, alternation: int) -> list[Script]:
         """The scripts for at least `requests` requests. No two alternations share a prompt or a prefix of one, so that
         none is served from the cache that another has filled. Warm-up is alternation -1."""
+        stem = f"{self.name}/{seed}/{alternation}"
         # A string seed is hashed by random itself, so it does not depend on the process as hash() does.
-        prefix = _text(random.Random(f"{seed}/{alternation}/prefix"), self.prompt_tokens)  # noqa: S311 - no secret
+        prefix = _text(random.Random(f"{stem}/prefix"), self.prompt_tokens)  # noqa: S311 - no secret
         count = -(-requests // self.requests_per_script)
         return [
-            self._script(random.Random(f"{seed}/{alternation}/{index}"), index, prefix)  # noqa: S311 - no secret
+            self._script(random.Random(f"{stem}/{index}"), index, prefix)  # noqa: S311 - no secret
             for index in range(count)
         ]
 

@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.event_stream import DONE
 from inferflux_core.serving.generation import Delta, Done, Started
-from inferflux_core.serving.json_body import read_model
 from inferflux_core.serving.openai.answer import Answer
 from inferflux_core.serving.openai.logprobs import chat_logprobs
 from inferflux_core.serving.openai.respond import new_reply, respond
@@ -99,11 +99,12 @@ def chat_routes(services: Services) -> APIRouter:
     """The route of chat completions."""
     router = APIRouter(tags=["OpenAI"])
     server = services.settings.server
+    reader = BodyReader(server)
 
     @router.post(PATH, **documented(ChatBody, ChatCompletion, streams=True))
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
-        body = await read_model(request, ChatBody, server)
+        body = await reader.read(request, ChatBody)
         generation = body.generation(server.max_choices)
         reply = ChatReply(n=generation.n, include_usage=body.include_usage, with_logprobs=generation.logprobs is not None)
         return await respond(services, request, PATH, generation, reply, stream=bool(body.stream))

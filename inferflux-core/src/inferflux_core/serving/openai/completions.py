@@ -6,9 +6,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.event_stream import DONE
 from inferflux_core.serving.generation import Delta, Done, Started, TokenEntry
-from inferflux_core.serving.json_body import read_model
 from inferflux_core.serving.openai.answer import Answer, Choice
 from inferflux_core.serving.openai.logprobs import completion_logprobs
 from inferflux_core.serving.openai.respond import new_reply, respond
@@ -96,11 +96,12 @@ def completion_routes(services: Services) -> APIRouter:
     """The route of text completions."""
     router = APIRouter(tags=["OpenAI"])
     server = services.settings.server
+    reader = BodyReader(server)
 
     @router.post(PATH, **documented(CompletionBody, Completion, streams=True))
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts; with `stream`, as server-sent events."""
-        body = await read_model(request, CompletionBody, server)
+        body = await reader.read(request, CompletionBody)
         generation = body.generation(server.max_choices)
         reply = CompletionReply(
             num_prompts=len(generation.prompts),

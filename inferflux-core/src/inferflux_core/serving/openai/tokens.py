@@ -14,10 +14,10 @@ from starlette.responses import Response
 
 from inferflux_core.errors import InvalidRequestError, ModelLoadingError
 from inferflux_core.interfaces import Tokenizer
+from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.exchange import Exchange
 from inferflux_core.serving.generation import Prompt
-from inferflux_core.serving.json_body import read_model
 from inferflux_core.serving.openai.fields import TokenId
 from inferflux_core.serving.openai.messages import Message, to_chat_prompt
 from inferflux_core.serving.openai.wire import encode
@@ -103,7 +103,7 @@ class Piece(msgspec.Struct, frozen=True):
 class ContentReply(msgspec.Struct, frozen=True):
     """Reply to `content`."""
 
-    tokens: Sequence[int] | list[Piece]
+    tokens: Sequence[int | Piece]
 
 
 class DetokenizeReply(msgspec.Struct, frozen=True):
@@ -122,17 +122,17 @@ class TemplateReply(msgspec.Struct, frozen=True):
 def token_routes(services: Services) -> APIRouter:
     """The routes that show how a model reads text."""
     router = APIRouter(tags=["Tokens"])
-    models, server = services.models, services.settings.server
+    models, reader = services.models, BodyReader(services.settings.server)
 
     def find(request: Request, name: str | None) -> ModelView:
         view = models.get(name)
         Exchange.of(request.scope).model = view.name
         return view
 
-    @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply | ContentReply))
+    @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply, ContentReply))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        body = await read_model(request, TokenizeBody, server)
+        body = await reader.read(request, TokenizeBody)
         view = find(request, body.model)
         text, add_special = body.text()
         # Both servers read control tokens in raw text unless told not to; nothing is generated here.
@@ -147,7 +147,7 @@ def token_routes(services: Services) -> APIRouter:
     @router.post("/detokenize", **documented(DetokenizeBody, DetokenizeReply))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included; invalid UTF-8 becomes U+FFFD."""
-        body = await read_model(request, DetokenizeBody, server)
+        body = await reader.read(request, DetokenizeBody)
         tokenizer = _tokenizer(find(request, body.model))
         text = await asyncio.to_thread(_decode, tokenizer, body.tokens)
         return json_response(encode(DetokenizeReply(text, text)))
@@ -155,7 +155,7 @@ def token_routes(services: Services) -> APIRouter:
     @router.post("/apply-template", **documented(TemplateBody, TemplateReply))
     async def apply_template(request: Request) -> Response:
         """The text that the model's chat template makes of a conversation."""
-        body = await read_model(request, TemplateBody, server)
+        body = await reader.read(request, TemplateBody)
         view = find(request, body.model)
         text = await asyncio.to_thread(models.render_chat, view, to_chat_prompt(body.messages))
         return json_response(encode(TemplateReply(text)))
