@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -54,9 +55,7 @@ def free_port() -> int:
 
 def test_chat_prints_the_answer_and_sends_the_settings() -> None:
     with StubServer({CHAT: answering("Par", "is")}) as server:
-        result = run(
-            server, "chat", "Capital of France?", "--system", "Be brief", "--temperature", "0", "--max-tokens", "5"
-        )
+        result = run(server, "chat", "Capital of France?", "--system", "Be brief", "--temperature", "0", "--max-tokens", "5")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Paris\n", "")
     assert server.posts()[0].json == {
         "model": "demo",
@@ -403,3 +402,27 @@ def test_the_installed_command_ends_with_an_exit_code_and_no_traceback(tmp_path:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: cannot reach http://127.0.0.1:")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_during_a_single_answer_keeps_what_came() -> None:
+    async def endless(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.event(chat_chunk("Paris"))
+        await exchange.wait_for_disconnect()
+
+    # A test run in the background hands its children an ignored SIGINT, which a terminal does not.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from inferflux_core.cli.inferctl import main; main()"
+    )
+    with StubServer({CHAT: endless}) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, "--url", server.url, "chat", "hi"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        assert process.stdout.read(5) == b"Paris"
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=10)
+    assert (process.returncode, rest, errors) == (130, b"\n", b"\n")

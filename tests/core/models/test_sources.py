@@ -126,7 +126,7 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert refused("owner/repo") == (
         "'owner/repo': no such file or folder (for the Hugging Face hub write 'hf:owner/repo'); correct `source` of the model"
     )
-    assert refused("a\0b.gguf") == "'a\\x00b.gguf': a path cannot hold a zero character"
+    assert refused("a\0b.gguf") == "'a\\x00b.gguf': a path cannot hold a zero character; correct `source` of the model"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -28,9 +28,7 @@ def _nullable(node: Any) -> Any:
 @functools.cache
 def _validator(name: str) -> jsonschema.Draft202012Validator:
     schemas = _nullable(json.loads(DOCUMENT.read_text())["components"]["schemas"])
-    return jsonschema.Draft202012Validator(
-        {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}}
-    )
+    return jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}})
 
 
 def conforms(value: object, name: str) -> None:

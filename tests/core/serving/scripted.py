@@ -183,7 +183,10 @@ class _Server(uvicorn.Server):
 async def serving(app: FastAPI) -> AsyncIterator[int]:
     """A real server for the application on a free loopback port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None)
+    # Requests that should have ended and did not are cancelled after two seconds, so that a test fails instead of hanging.
+    config = uvicorn.Config(
+        app, http="httptools", ws="none", lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=2
+    )
     server = _Server(config)
     task = asyncio.create_task(server.serve([listener]))
     await server.listening.wait()

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+
 from core.serving.conformance import conforms, needs_document
 from core.serving.scripted import CHAT, HELLO, STARTED, USAGE, entry, stand
-
 from inferflux_core.errors import EngineRestartedError, OverloadedError
 from inferflux_core.serving.generation import Delta, Done, Usage
 
@@ -173,7 +173,7 @@ async def test_every_field_reaches_the_pipeline() -> None:
     assert response.status_code == 200
     context, request = s.pipeline.requests[0]
     assert (context.endpoint, context.request_id) == (URL, "abc.1")
-    assert context.deadline - context.arrival == 600.0
+    assert context.deadline - context.arrival == pytest.approx(600.0)
     sampling["repetition_penalty"] = sampling.pop("repeat_penalty")
     assert {name: getattr(request, name) for name in sampling} == sampling
     assert (request.model, request.max_tokens, request.stop, request.logprobs) == ("tiny", 9, ["END"], None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from core.serving.scripted import CHAT, stand
 
 CHAT_ERRORS: list[tuple[dict[str, object], str, str | None]] = [
@@ -154,7 +155,14 @@ async def test_messages_are_for_people() -> None:
 
 async def test_fields_without_effect_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     """OpenAI's own are ignored silently; fields nobody knows leave one line in the log, with harmless names only."""
-    known = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "reasoning_effort": "low", "tools": None}
+    known = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "reasoning_effort": "low",
+        "tools": None,
+    }
     unknown = {"frobnicate": 1, "evil\nname": 2, "grammar": None}
     s = stand()
     async with s.client() as client:

@@ -224,8 +224,8 @@ def _print_stream(server: Server, model: str, parts: Generator[StreamPart], prom
                         if text:
                             print_json({"type": kind, "text": text})
                 elif part.text:
+                    last = part.text  # before it is shown: Ctrl-C may come at any moment
                     write(part.text)
-                    last = part.text
     finally:
         if last and not last.endswith("\n") and not server.as_json:
             write("\n")  # the shell's prompt or an error message begins a line of its own

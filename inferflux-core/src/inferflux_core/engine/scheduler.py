@@ -165,10 +165,19 @@ class TokenBudgetScheduler(Scheduler):
     def _allocate_or_preempt(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
         while (ops := self.kv.allocate_slots(request, upto)) is None:
             victim = self.pick_victim()
-            self._preempt(plan, victim)
+            self._drop_row(plan, victim)
+            self.preempt(victim)
             if victim is request:
                 return None
         return ops
+
+    def _drop_row(self, plan: SchedulerOutput, request: Request) -> None:
+        """Take a request that is about to be preempted out of the plan again."""
+        for i, scheduled in enumerate(self._scheduled):
+            if scheduled is request:
+                plan.num_tokens -= plan.rows[i].n
+                del self._scheduled[i], plan.rows[i]
+                return
 
     def _chunk_budget(self, plan: SchedulerOutput) -> int:
         """Tokens of prefill this step may compute beside its decodes."""
@@ -330,12 +339,8 @@ class TokenBudgetScheduler(Scheduler):
         self._release(request)
         request.status = RequestStatus.FINISHED
 
-    def _preempt(self, plan: SchedulerOutput, request: Request) -> None:
-        """Take a running request's room; it starts over later, from what is then still cached."""
-        if request in self._scheduled:
-            i = self._scheduled.index(request)
-            plan.num_tokens -= plan.rows[i].n
-            del self._scheduled[i], plan.rows[i]
+    def preempt(self, request: Request) -> None:
+        """Take a running request's room between two steps; it starts over later, from what is then still cached."""
         self._release(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0

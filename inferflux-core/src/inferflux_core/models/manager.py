@@ -177,7 +177,9 @@ class ModelManager:
                 f"install the package of one that does, e.g. inferflux-backend-llamacpp for GGUF"
             )
         if len(fitting) > 1:
-            raise ModelFileError(f"several backends serve {files.format} files: {', '.join(fitting)}; set `backend` of the model")
+            raise ModelFileError(
+                f"several backends serve {files.format} files: {', '.join(fitting)}; set `backend` of the model"
+            )
         model.backend = fitting[0]
         backend = backends[fitting[0]]
         backend.validate(files)
@@ -244,9 +246,7 @@ class ModelManager:
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    async def tokenize(
-        self, view: ServedModel, prompt: Prompt, add_special: bool, parse_special: bool
-    ) -> Sequence[int]:
+    async def tokenize(self, view: ServedModel, prompt: Prompt, add_special: bool, parse_special: bool) -> Sequence[int]:
         """Token ids of a prompt, off the event loop.
 
         Raises:
@@ -259,9 +259,7 @@ class ModelManager:
         if isinstance(prompt, str):
             if len(prompt) <= _INLINE_CHARACTERS:
                 return tokenizer.encode(prompt, add_special=add_special, parse_special=parse_special)
-            return await asyncio.to_thread(
-                tokenizer.encode, prompt, add_special=add_special, parse_special=parse_special
-            )
+            return await asyncio.to_thread(tokenizer.encode, prompt, add_special=add_special, parse_special=parse_special)
         for token in prompt:
             if not 0 <= token < tokenizer.vocab_size:
                 raise InvalidRequestError(

@@ -76,6 +76,8 @@ class PathSource(ModelSource):
         return is_path(ref)
 
     def resolve(self, ref: str, context: SourceContext) -> ModelFiles:
+        if "\0" in ref:
+            raise ModelFileError(f"{ref!r}: a path cannot hold a zero character; correct `source` of the model")
         try:
             path = os.path.abspath(os.path.expanduser(ref))
             _check_root(ref, path, context)
@@ -83,8 +85,6 @@ class PathSource(ModelSource):
                 return _folder(ref, path, context)
             if not os.path.exists(path):
                 raise ModelFileError(f"{ref!r}: no such file or folder{_hub_hint(ref)}; correct `source` of the model")
-        except ValueError:
-            raise ModelFileError(f"{ref!r}: a path cannot hold a zero character") from None
         except OSError as error:
             raise ModelFileError(f"{ref!r}: cannot be read: {error.strerror}; check its permissions") from None
         return _file(ref, path, context)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from inferflux_core.errors import RequestError
-from inferflux_core.serving.disconnect import cancel_and_wait, while_connected
+from inferflux_core.serving.disconnect import ClientDisconnected, cancel_and_wait, while_connected
 from inferflux_core.serving.error_responses import error_reason, internal_error_body
 from inferflux_core.serving.exchange import Exchange
 from inferflux_core.serving.generation import Delta, Done, Event, Started
@@ -84,6 +84,7 @@ class EventStream(Response):
         self._slow_reader_seconds = settings.slow_reader_timeout_s
         self._metrics = metrics
         self._head_sent = False
+        self._complete = False
         self._pinging = asyncio.Lock()
         self._last_sent = 0.0
         self._sending_since: float | None = None
@@ -97,6 +98,10 @@ class EventStream(Response):
         """
         try:
             await while_connected(receive, self._stream(send))
+        except ClientDisconnected:
+            # The server says so as well when the response is complete, and may say it before the tasks here are done.
+            if not self._complete:
+                raise
         except SlowReader:
             # Returning without a last message makes the server close the connection.
             self._exchange.error = "slow_reader"
@@ -116,7 +121,8 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         try:
             async with contextlib.aclosing(self._events) as events:
-                await self._write_events(events, send)
+                last = await self._write_events(events, send)
+            await self._send_last(send, last)
         except RequestError as error:
             if not self._head_sent:
                 raise
@@ -129,7 +135,8 @@ class EventStream(Response):
             self._exchange.error = "internal_error"
             await self._send_last(send, b"data: " + internal_error_body(self._exchange.request_id) + b"\n\n")
 
-    async def _write_events(self, events: AsyncGenerator[Event, None], send: Send) -> None:
+    async def _write_events(self, events: AsyncGenerator[Event, None], send: Send) -> bytes:
+        """Write all events but the last, and return what is to be written of that once the generator is closed."""
         now = asyncio.get_running_loop().time
         delta = self._chunks.delta
         async for event in events:
@@ -140,8 +147,7 @@ class EventStream(Response):
                 chunk = self._chunks.started(event)
             elif isinstance(event, Done):
                 self._exchange.usage = event.usage
-                await self._send_last(send, self._chunks.done(event))
-                return
+                return self._chunks.done(event)
             if not chunk:
                 continue
             if not self._head_sent or self._pinging.locked():
@@ -163,6 +169,7 @@ class EventStream(Response):
         self._sending_since = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": chunk, "more_body": False})
         self._sending_since = None
+        self._complete = True
 
     async def _watch_clock(self, send: Send) -> None:
         """Ping a silent stream; give up on a reader that lets a send wait too long."""
@@ -185,7 +192,8 @@ class EventStream(Response):
             async with asyncio.timeout(self._slow_reader_seconds):
                 await self._send_head(send)
                 async with self._pinging:
-                    await send({"type": "http.response.body", "body": PING, "more_body": True})
+                    if not self._complete:  # the last message may have gone out since this was due
+                        await send({"type": "http.response.body", "body": PING, "more_body": True})
         except TimeoutError:
             raise SlowReader from None
         self._last_sent = asyncio.get_running_loop().time()

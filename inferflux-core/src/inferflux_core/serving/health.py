@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 from fastapi import APIRouter
@@ -95,14 +96,14 @@ def health_routes(services: Services) -> APIRouter:
 
 
 def _readiness(services: Services) -> Readiness:
-    views = services.models.list()
+    views: Sequence[ModelView] = services.models.list()
     default_ready = any(view.is_default and view.state == "ready" and view.making_progress for view in views)
     status = "draining" if services.state.draining else "ready" if default_ready else "not_ready"
     return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in views])
 
 
 def _health(services: Services) -> Health:
-    views = services.models.list()
+    views: Sequence[ModelView] = services.models.list()
     ok = all(view.state == "ready" and view.making_progress for view in views)
     status = "draining" if services.state.draining else "ok" if ok else "degraded"
     uptime = round(time.monotonic() - services.state.started, 3)

@@ -117,6 +117,8 @@ def _refuse_malformed(body: bytes, reason: str) -> NoReturn:
     position = _BYTE_POSITION.search(reason)
     truncated = "truncated" in reason
     offset = int(position[1]) if position else len(body)
+    if "trailing characters" in reason:
+        offset -= 1  # here the parser counts the character it has read
     if truncated or "surrogate" in reason:
         # The parser notices half a pair when it looks for the other half, a few bytes on.
         window = max(0, offset - 24)

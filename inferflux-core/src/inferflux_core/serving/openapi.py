@@ -6,6 +6,7 @@ take and give, and the document is put together from the same classes that do th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 _REF = "#/components/schemas/{name}"
-_SCHEMAS = "x-inferflux-schemas"  # carries classes from the routes to the document; not in the result
+_SCHEMAS = "x-inferflux-schemas"  # carries schemas from the routes to the document's components; not in the result
 
 _ERRORS = {
     400: "The request is invalid.",
@@ -62,9 +63,9 @@ def documented(
         statuses: further statuses with the same body as success.
     """
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    schemas, components = _schemas(body, replies)
     if replies:
-        schemas, _ = msgspec.json.schema_components(replies, ref_template=_REF)
-        content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": list(schemas)}}}
+        content = {"application/json": {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}}
     if streams:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {
@@ -74,11 +75,23 @@ def documented(
     error_content = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
     for status in _ERRORS if errors is None else errors:
         responses[str(status)] = {"description": _ERRORS[status], "content": error_content}
-    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: (body, replies)}
+    extra: dict[str, Any] = {"responses": responses, _SCHEMAS: components}
     if body is not None:
         schema = {"$ref": _REF.format(name=body.__name__)}
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return {"response_model": None, "openapi_extra": extra}
+
+
+@functools.cache
+def _schemas(
+    body: type[BaseModel] | None, replies: tuple[type[msgspec.Struct], ...]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The schema of each reply, and the components that these and the body refer to."""
+    schemas, components = msgspec.json.schema_components(replies, ref_template=_REF)
+    definitions: dict[str, Any] = {}
+    if body is not None:
+        _, definitions = models_json_schema([(body, "validation")], ref_template=_REF.replace("{name}", "{model}"))
+    return list(schemas), {**components, **definitions.get("$defs", {})}
 
 
 def install_openapi(app: FastAPI) -> None:
@@ -95,18 +108,10 @@ def install_openapi(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    bodies: dict[str, type[BaseModel]] = {}
-    replies: list[Any] = []
+    schemas: dict[str, Any] = {"Error": _ERROR_SCHEMA}
     for path in document["paths"].values():
         for operation in path.values():
-            body, sent = operation.pop(_SCHEMAS, (None, ()))
-            if body is not None:
-                bodies[body.__name__] = body
-            replies.extend(sent)
+            schemas.update(operation.pop(_SCHEMAS, {}))
             operation["responses"].pop("422", None)  # FastAPI's own shape of errors, which is never sent
-    _, definitions = models_json_schema(
-        [(body, "validation") for body in bodies.values()], ref_template=_REF.replace("{name}", "{model}")
-    )
-    _, components = msgspec.json.schema_components(replies, ref_template=_REF)
-    document["components"] = {"schemas": {**definitions.get("$defs", {}), **components, "Error": _ERROR_SCHEMA}}
+    document["components"] = {"schemas": schemas}
     return document

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from inferflux_core.engine.types import EngineStats
 from inferflux_core.interfaces import Tokenizer
@@ -67,20 +67,23 @@ class ModelView(Protocol):
     def making_progress(self) -> bool: ...
 
 
-class Models(Protocol):
-    """The configured models."""
+ViewT = TypeVar("ViewT", bound=ModelView)
 
-    def list(self) -> Sequence[ModelView]:
+
+class Models(Protocol[ViewT]):
+    """The configured models. Views go back to where they came from, so their concrete type is the provider's affair."""
+
+    def list(self) -> Sequence[ViewT]:
         """All of them, in the order of the configuration."""
 
-    def get(self, name: str | None) -> ModelView:
+    def get(self, name: str | None) -> ViewT:
         """The model of this name or alias; None means the default one.
 
         Raises:
             ModelNotFoundError: no model has this name.
         """
 
-    async def tokenize(self, view: ModelView, prompt: Prompt, add_special: bool, parse_special: bool) -> Sequence[int]:
+    async def tokenize(self, view: ViewT, prompt: Prompt, add_special: bool, parse_special: bool) -> Sequence[int]:
         """Token ids of a prompt, off the event loop.
 
         Raises:
@@ -88,7 +91,7 @@ class Models(Protocol):
             InvalidRequestError: the chat template refused the messages.
         """
 
-    def render_chat(self, view: ModelView, prompt: ChatPrompt) -> str:
+    def render_chat(self, view: ViewT, prompt: ChatPrompt) -> str:
         """The text that the model's chat template makes of messages. Blocks; call it in a thread.
 
         Raises:
@@ -126,7 +129,7 @@ class Services:
     """Everything an adapter needs, handed to `create_app`."""
 
     pipeline: Generation
-    models: Models
+    models: Models[Any]
     settings: Settings
     metrics: Metrics
     state: ServerState

@@ -187,8 +187,8 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__  # what one of the methods below has raised
             self._fail(cause if isinstance(cause, ApiError) else ApiError(f"the answer cannot be read: {cause}"))
-        except httptools.HttpParserError as error:
-            self._fail(ApiError(f"the answer is not HTTP: {error}"))
+        except httptools.HttpParserError:
+            self._fail(ApiError("the answer is not HTTP"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._waiter is None or self._waiter.done():

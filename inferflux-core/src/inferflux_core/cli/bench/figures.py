@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -110,11 +111,7 @@ def figures_of(run: Run, *, max_tokens: int, scheduled: bool) -> Figures:
         for (_, a), count in zip(answered, tokens, strict=True)
         if count > 1
     ]
-    gaps = [
-        1e3 * (later - earlier)
-        for _, a in answered
-        for earlier, later in zip(a.arrivals, a.arrivals[1:], strict=False)  # pairs: the second list is one shorter
-    ]
+    gaps = [1e3 * (later - earlier) for _, a in answered for earlier, later in pairwise(a.arrivals)]
     figures.ttft_p50_ms, figures.ttft_p99_ms = percentile(ttft, 50), percentile(ttft, 99)
     figures.latency_p50_ms, figures.latency_p99_ms = percentile(latency, 50), percentile(latency, 99)
     figures.time_per_token_p50_ms, figures.time_per_token_p99_ms = percentile(per_token, 50), percentile(per_token, 99)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,11 +37,13 @@ def model_routes(services: Services) -> APIRouter:
     @router.get("/v1/models", **documented(None, ModelList))
     async def list_models() -> Response:
         """All configured models, loaded or not, in the order of the configuration."""
-        return json_response(encode(ModelList([model_object(view) for view in services.models.list()])))
+        views: Sequence[ModelView] = services.models.list()
+        return json_response(encode(ModelList([model_object(view) for view in views])))
 
     @router.get("/v1/models/{model_id:path}", **documented(None, ModelObject, errors=(404,)))
     async def retrieve_model(request: Request, model_id: str) -> Response:
         """One model by its name, which may contain slashes, or by an alias."""
-        return json_response(encode(model_object(services.models.get(model_id))))
+        view: ModelView = services.models.get(model_id)
+        return json_response(encode(model_object(view)))
 
     return router

@@ -125,7 +125,7 @@ def token_routes(services: Services) -> APIRouter:
     models, reader = services.models, BodyReader(services.settings.server)
 
     def find(request: Request, name: str | None) -> ModelView:
-        view = models.get(name)
+        view: ModelView = models.get(name)
         Exchange.of(request.scope).model = view.name
         return view
 
