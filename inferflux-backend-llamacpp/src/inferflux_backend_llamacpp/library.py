@@ -47,10 +47,12 @@ _initialised = False
 _errors: deque[str] = deque(maxlen=8)
 
 
-@llama_cpp.llama_log_callback
 def _on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
     if level == _LOG_LEVEL_ERROR:
         _errors.append(text.decode("utf-8", "replace").strip())
+
+
+_log_callback = llama_cpp.llama_log_callback(_on_log)  # kept: the library calls it for as long as the process lives
 
 
 def initialise() -> None:
@@ -58,7 +60,7 @@ def initialise() -> None:
     global _initialised
     with _lock:
         if not _initialised:
-            llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+            llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
             llama_cpp.llama_backend_init()
             _initialised = True
 

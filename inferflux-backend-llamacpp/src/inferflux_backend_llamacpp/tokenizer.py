@@ -48,7 +48,7 @@ class LlamaCppTokenizer(Tokenizer):
         if count < 0:
             buffer = (llama_cpp.llama_token * -count)()
             count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, -count, add_special, parse_special)
-        return buffer[:count]
+        return list(buffer[:count])
 
     def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
         key = (token_id, special)

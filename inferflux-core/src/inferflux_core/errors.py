@@ -82,7 +82,7 @@ class RequestError(InferFluxError):
 class InvalidRequestError(RequestError):
     status = 400
     type = "invalid_request_error"
-    default_code = None
+    default_code: ClassVar[str | None] = None
     grpc_code = "INVALID_ARGUMENT"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from inferflux_core.errors import ModelFileError
 from inferflux_core.interfaces import ModelFiles, ModelSource, Registration, SourceContext
-from inferflux_core.models.sources import DemoSource, PathSource, default_model_name, resolve_model
+from inferflux_core.models.sources import DemoSource, PathSource, resolve_model
 from inferflux_core.plugins import Distribution, PluginRegistry, load_plugins
 
 ANYWHERE = SourceContext()
@@ -254,23 +254,3 @@ def test_exactly_one_source_must_understand() -> None:
 )
 def test_what_counts_as_a_path(ref: str, understood: bool) -> None:
     assert PathSource().matches(ref) is understood
-
-
-@pytest.mark.parametrize(
-    ("ref", "path", "name"),
-    [
-        ("demo", "/x/SmolLM2.gguf", "demo"),
-        ("fake", None, "fake"),
-        ("hf:owner/repo", "/c/f.gguf", "repo"),
-        ("hf:owner/repo:Q4_K_M@main", "/c/f.gguf", "repo"),
-        ("hf:owner/Model-3.2_x:sub/f.gguf", "/c/f.gguf", "Model-3.2_x"),
-        ("/srv/llama-3.1.gguf", "/srv/llama-3.1.gguf", "llama-3.1"),
-        ("/srv/big-00001-of-00004.gguf", "/srv/big-00001-of-00004.gguf", "big"),
-        ("/srv/folder", "/srv/folder/m.gguf", "m"),
-        ("/srv/qwen-2.5/", "/srv/qwen-2.5", "qwen-2.5"),
-        ("share:x", "/s/x.gguf", "share:x"),
-    ],
-)
-def test_default_names(ref: str, path: str | None, name: str) -> None:
-    files = ModelFiles(ref=ref, format="gguf", paths=() if path is None else (path,))
-    assert default_model_name(ref, files) == name

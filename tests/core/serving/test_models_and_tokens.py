@@ -76,6 +76,14 @@ TOKENIZE: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"count": 3, "max_model_len": 4096, "tokens": [256, 195, 169], "token_strs": ["<s>", "\ufffd", "\ufffd"]},
     ),
     ({"messages": [{"role": "user", "content": "a"}]}, {"count": 7, "max_model_len": 4096, "tokens": list(b"<user>a")}),
+    (
+        {"prompt": "<s>", "add_special_tokens": False},
+        {"count": 3, "max_model_len": 4096, "tokens": [60, 115, 62]},
+    ),
+    (
+        {"prompt": "<s>", "add_special_tokens": False, "parse_special": True},
+        {"count": 1, "max_model_len": 4096, "tokens": [256]},
+    ),
     ({"content": "hi"}, {"tokens": [104, 105]}),
     ({"content": ""}, {"tokens": []}),
     ({"content": "hi", "add_special": True}, {"tokens": [256, 104, 105]}),

@@ -112,6 +112,8 @@ class WaitingLine:
         return min(60.0, max(1.0, pace * (len(self._tokens) + 1) / 2))
 
     def join(self, request: EngineRequest) -> None:
+        if not self._tokens:
+            self._starts.clear()  # the pace is that of this queue, not of the quiet time before it
         self._tokens[request.request_id] = len(request.prompt_token_ids)
         self._total += len(request.prompt_token_ids)
 
@@ -188,10 +190,10 @@ class EngineClient(ABC):
         self._line.check(len(requests), sum(len(r.prompt_token_ids) for r in requests))
         if not self._streams:
             self._last_progress = time.monotonic()
+        self._send(requests)  # first: what cannot be sent leaves no trace
         for request in requests:
             self._line.join(request)
             self._streams[request.request_id] = stream
-        self._send(requests)
 
     def check_ready(self) -> None:
         """Raises ModelLoadingError if requests would not be taken now."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,12 +33,16 @@ class StepCostModel:
         return np.array([1.0, num_prefill / 128, num_decode / 8, kv_tokens / 4096])
 
     def observe(self, num_prefill: int, num_decode: int, kv_tokens: int, milliseconds: float) -> None:
-        """Learn from a finished step."""
+        """Learn from a finished step. A time that is no number teaches nothing."""
+        if not math.isfinite(milliseconds):
+            return
         x = self._features(num_prefill, num_decode, kv_tokens)
         px = self._covariance @ x
         gain = px / (_FORGETTING + float(x @ px))
         self._weights = self._weights + gain * (milliseconds - float(x @ self._weights))
         covariance = (self._covariance - np.outer(gain, px)) / _FORGETTING
+        # Rounding makes it lopsided, forgetting amplifies that: after thousands of steps it would no longer be a covariance.
+        covariance = (covariance + covariance.T) / 2
         # Without variety in the load a direction is never observed and its covariance would grow without bound.
         self._covariance = covariance if np.trace(covariance) < 1e6 else np.eye(4) * 1e2
         self._count += 1

@@ -11,7 +11,7 @@ from inferflux_core.engine.client import EngineClient, EngineState, WaitingLine
 from inferflux_core.engine.loop import EngineCore, EngineSpec
 from inferflux_core.engine.messages import Abort, Shutdown, Submit, ToEngine
 from inferflux_core.engine.types import EngineOutput, EngineRequest
-from inferflux_core.errors import EngineRestartedError, ModelLoadingError
+from inferflux_core.errors import EngineRestartedError, InferFluxError, ModelFileError, ModelLoadingError
 from inferflux_core.plugins import PluginRegistry
 from inferflux_core.settings import EngineSettings
 
@@ -32,7 +32,12 @@ class InProcessEngineClient(EngineClient):
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         began = time.perf_counter()
-        core = await asyncio.to_thread(EngineCore.build, self._spec, self._registry)
+        try:
+            core = await asyncio.to_thread(EngineCore.build, self._spec, self._registry)
+        except InferFluxError as error:
+            self.last_error = str(error)
+            self.state = EngineState.FAILED
+            raise ModelFileError(str(error)) from error
         await asyncio.to_thread(core.runner.warm_up)
         self._thread = threading.Thread(target=self._run, args=(core, self._loop), name=f"engine {self.name}", daemon=True)
         self._thread.start()

@@ -77,14 +77,17 @@ class ProcessEngineClient(EngineClient):
     async def stop(self) -> None:
         self._stopping = True
         if self._process is not None and self._process.returncode is None:
-            self._transmit(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+            if self.state is EngineState.READY:  # one that is still loading would not listen
+                self._transmit(Shutdown())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
             self._kill()
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(ModelFileError(f"the model {self.name!r} was unloaded while it was being loaded"))
         self.state = EngineState.STOPPED
         self._fail_all(ModelLoadingError, f"The model {self.name!r} was unloaded.")
         self._zmq.destroy(linger=0)
@@ -107,7 +110,11 @@ class ProcessEngineClient(EngineClient):
             began = time.monotonic()
             try:
                 reason = await self._run_once()
+            except Exception as error:  # no process to be had, or one that talks nonsense: the next one may do better
+                logger.exception("engine of model %r cannot be supervised", self.name)
+                reason = f"could not be run ({error})"
             finally:
+                self._kill()
                 self._close_sockets()
             if self._first is not None and not self._first.done():
                 self._on_message(Failed(f"the engine process of model {self.name!r} {reason} while loading"))
@@ -135,7 +142,7 @@ class ProcessEngineClient(EngineClient):
         self._outbox = self._zmq.socket(zmq.PUSH)
         self._outbox.setsockopt(zmq.SNDHWM, 0)
         self._outbox.setsockopt(zmq.LINGER, 0)
-        self._outbox.bind(outbox)
+        self._outbox.connect(outbox)  # the engine binds this one, so that messages wait for it and are never refused
         self._inbox_fd = int(self._inbox.getsockopt(zmq.FD))
         asyncio.get_running_loop().add_reader(self._inbox_fd, self._read)
         process = self._process = await asyncio.create_subprocess_exec(
@@ -151,6 +158,7 @@ class ProcessEngineClient(EngineClient):
 
     async def _watch(self, process: asyncio.subprocess.Process) -> str:
         spawned = self._last_sign = time.monotonic()
+        self._hung = False
         gone = asyncio.create_task(process.wait())
         try:
             while not gone.done():
@@ -175,7 +183,6 @@ class ProcessEngineClient(EngineClient):
         return reason
 
     def _kill(self) -> None:
-        self._hung = False
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

@@ -5,6 +5,9 @@ token). No state is carried from draw to draw, so the same seed gives the same t
 the prompt was chunked, and after a preemption.
 
 Order, as in vLLM: banned tokens and logit_bias; penalties; temperature; top_k; top_p; min_p; draw.
+
+A model that went numerically wrong harms its own sequence only: NaN is an impossible token, +inf a certain one, and if no
+token is possible all are equal.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from inferflux_core.engine.types import SamplingParams, SequenceInit, TokenLogpr
 Logits = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
 
+# Lower temperatures are greedy: dividing by them overflows long before it changes a draw.
+_LEAST_TEMPERATURE = 1e-5
 # top_p looks at this many most likely tokens first; only if they do not hold enough mass is the whole vocabulary sorted.
 _TOP_P_WINDOW = 256
 # Noise for more candidates than this is computed for all token ids up to the largest.
@@ -123,11 +128,17 @@ class Sampler:
         """
         sequence = self._sequences[slot]
         params = sequence.params
-        adjusted = self._adjust(sequence, logits)
-        token = int(adjusted.argmax()) if params.temperature == 0.0 else self._draw(params, position, adjusted)
-        sequence.num_output += 1
-        sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
-        return token, None if params.logprobs is None else self._logprobs(logits, token, params.logprobs)
+        with np.errstate(over="ignore", invalid="ignore"):
+            adjusted = self._adjust(sequence, logits)
+            token = int(adjusted.argmax())
+            if not np.isfinite(adjusted[token]):
+                adjusted = _drawable(adjusted)
+                token = int(adjusted.argmax())
+            if params.temperature >= _LEAST_TEMPERATURE:
+                token = self._draw(params, position, adjusted, adjusted[token])
+            sequence.num_output += 1
+            sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
+            return token, None if params.logprobs is None else self._logprobs(logits, token, params.logprobs)
 
     def _adjust(self, sequence: _Sequence, logits: Logits) -> Logits:
         """Bans, bias and penalties; returns the input itself when there is nothing to do."""
@@ -158,14 +169,14 @@ class Sampler:
             logits[output_ids] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
         return logits
 
-    def _draw(self, params: SamplingParams, position: int, logits: Logits) -> int:
-        ids, scaled = self._filter(params, logits)
+    def _draw(self, params: SamplingParams, position: int, logits: Logits, highest: np.float32) -> int:
+        ids, scaled = self._filter(params, logits, highest)
         return int(ids[int((scaled + gumbel_noise(params.seed, position, ids)).argmax())])
 
-    def _filter(self, params: SamplingParams, logits: Logits) -> tuple[TokenIds, Logits]:
+    def _filter(self, params: SamplingParams, logits: Logits, highest: np.float32) -> tuple[TokenIds, Logits]:
         """Candidates and their logits / temperature; ties at a threshold are kept."""
         # Shifted first: a tiny temperature would overflow otherwise, and inf - inf is no number.
-        scaled = (logits - logits.max()) / np.float32(params.temperature)
+        scaled = (logits - highest) / np.float32(params.temperature)
         keep: Any = np.isfinite(scaled)
         if 0 < params.top_k < self._vocab_size:
             keep &= scaled >= np.partition(scaled, -params.top_k)[-params.top_k]
@@ -193,10 +204,23 @@ class Sampler:
     def _logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
         """Under the raw distribution: before bans, penalties and temperature, as OpenAI and vLLM report them."""
         highest = logits.max()
-        normaliser = highest + np.log(np.exp(logits - highest).sum(dtype=np.float64))
-        top: list[tuple[int, float]] = []
-        if count:
-            ids = np.argpartition(logits, -count)[-count:]
-            ids = ids[np.argsort(-logits[ids], kind="stable")]
-            top = [(int(i), float(logits[i] - normaliser)) for i in ids]
-        return TokenLogprobs(float(logits[token] - normaliser), top)
+        if not np.isfinite(highest):
+            logits = _drawable(logits)
+            highest = logits.max()
+        relative = logits - highest
+        normaliser = float(np.log(np.exp(relative).sum(dtype=np.float64)))
+        ids = np.empty(0, dtype=np.int64)
+        if count:  # of equally likely tokens those with the lowest ids, so that a greedy draw is always the first
+            ids = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+            ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
+        top = [(int(i), float(relative[i]) - normaliser) for i in ids]
+        return TokenLogprobs(float(relative[token]) - normaliser, top)
+
+
+def _drawable(logits: Logits) -> Logits:
+    """Logits whose highest is a finite number: NaN is impossible, +inf certain, and if nothing is possible all are equal."""
+    logits = np.where(np.isnan(logits), np.float32(-np.inf), logits)
+    highest = logits.max()
+    if np.isfinite(highest):
+        return logits
+    return np.where(logits == highest, np.float32(0), np.float32(-np.inf))

@@ -77,8 +77,9 @@ class TokenBudgetScheduler(Scheduler):
         self.kv = context.kv
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
-        self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
         self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
+        # Every running sequence gets a token in every step, so no more of them than a step has tokens.
+        self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs, self._max_tokens)
         self._slots = list(range(self._max_num_seqs))
         self._freed_slots: list[int] = []
         self._scheduled: list[Request] = []
@@ -143,9 +144,13 @@ class TokenBudgetScheduler(Scheduler):
         if self._count.preemptions == preemptions:
             # After a preemption the victim would get back the room that was just taken from it.
             self._admit_waiting(plan, chunk)
-        plan.free, self._freed_slots = self._freed_slots, []
+        elif plan.rows:
+            plan.rows[0].kv = self.kv.carry_over(plan.rows[0].kv)
         self._count.schedule_seconds += time.perf_counter() - began
-        return plan if plan.rows else None
+        if not plan.rows:
+            return None
+        plan.free, self._freed_slots = self._freed_slots, []
+        return plan
 
     def _schedule_running(self, plan: SchedulerOutput, requests: list[Request], budget: int) -> int:
         """Give running requests what the budget allows; returns the tokens used."""
@@ -176,6 +181,7 @@ class TokenBudgetScheduler(Scheduler):
         for i, scheduled in enumerate(self._scheduled):
             if scheduled is request:
                 plan.num_tokens -= plan.rows[i].n
+                self.kv.cancel(plan.rows[i].kv)
                 del self._scheduled[i], plan.rows[i]
                 return
 
@@ -220,13 +226,13 @@ class TokenBudgetScheduler(Scheduler):
             if block_hash not in self._computing:
                 break
             pending += size
-        return pending >= max(2 * size, 32)
+        return pending >= max(self.kv.min_shared_tokens or 0, _MIN_CHUNK)
 
     def _start(self, request: Request, match: PrefixMatch, n: int) -> KVOps | None:
         """Room for the first n tokens, if the whole request is likely to fit beside those that run."""
         if self.running:
             to_come = min(request.params.max_tokens, int(self._mean_output))
-            if len(request.tokens) - match.num_tokens + to_come > self.kv.free_tokens():
+            if len(request.tokens) - match.num_held + to_come > self.kv.free_tokens():
                 return None
         return self.kv.allocate_slots(request, match.num_tokens + n, match)
 
@@ -242,9 +248,10 @@ class TokenBudgetScheduler(Scheduler):
         request.num_computed_tokens = num_cached
         request.slot = heapq.heappop(self._slots)
         self.running[request.request_id] = request
-        size = self.kv.block_size
-        for block_hash in request.block_hashes(size)[num_cached // size :]:
-            self._computing.setdefault(block_hash, request.request_id)
+        if self.kv.min_shared_tokens is not None:
+            size = self.kv.block_size
+            for block_hash in request.block_hashes(size)[num_cached // size :]:
+                self._computing.setdefault(block_hash, request.request_id)
         plan.start.append(SequenceInit(request.slot, request.params, request.tokens[:], request.num_prompt_tokens))
 
     def _add_row(self, plan: SchedulerOutput, request: Request, n: int, ops: KVOps) -> None:

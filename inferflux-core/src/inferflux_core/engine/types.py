@@ -28,7 +28,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     Attributes:
         max_tokens: most tokens to generate; at least 1.
         min_tokens: end-of-sequence and stop tokens cannot be drawn before this many tokens.
-        temperature: 0 means greedy.
+        temperature: 0 means greedy; so does anything below 1e-5.
         top_p: smallest set of tokens whose probability reaches it; 1 means off.
         top_k: number of most likely tokens to keep; 0 means off.
         min_p: least probability relative to the most likely token; 0 means off.

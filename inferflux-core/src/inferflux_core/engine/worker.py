@@ -47,7 +47,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the server process tells a new engine process.
 
     Attributes:
-        inbox, outbox: ZeroMQ addresses to connect to.
+        inbox: ZeroMQ address to bind.
+        outbox: ZeroMQ address to connect to.
         parent_pid: the server process; the engine dies with it.
     """
 
@@ -73,7 +74,8 @@ class _Pulse(threading.Thread):
             socket.connect(self._address)
             while not self._stopping.wait(HEARTBEAT_SECONDS):
                 began = self.step_began
-                socket.send(encode(Heartbeat(0.0 if began is None else time.monotonic() - began)))
+                with contextlib.suppress(zmq.Again):  # nobody takes it: the server is gone or stands still
+                    socket.send(encode(Heartbeat(0.0 if began is None else time.monotonic() - began)), zmq.NOBLOCK)
 
     def stop(self) -> None:
         self._stopping.set()
@@ -144,6 +146,9 @@ def main() -> int:
     outbox.setsockopt(zmq.LINGER, 2000)
     outbox.setsockopt(zmq.SNDHWM, 0)
     outbox.connect(spec.outbox)
+    inbox = context.socket(zmq.PULL)
+    inbox.setsockopt(zmq.RCVHWM, 0)
+    inbox.bind(spec.inbox)
     pulse = _Pulse(context, spec.outbox)
     pulse.start()
     try:
@@ -151,25 +156,23 @@ def main() -> int:
         core = EngineCore.build(spec.engine, load_plugins(spec.engine.blocked_plugins))
         core.runner.warm_up()
         outbox.send(encode(Ready(core.model_info, time.perf_counter() - began)))
-        inbox = context.socket(zmq.PULL)
-        inbox.setsockopt(zmq.RCVHWM, 0)
-        inbox.connect(spec.inbox)
         Worker(core, inbox, outbox, pulse).run()
         core.close()
-        inbox.close(0)
     except InferFluxError as error:
         outbox.send(encode(Failed(str(error))))
         return 1
     finally:
         pulse.stop()
+        inbox.close(0)
         outbox.close()
         context.term()
     return 0
 
 
 def _tie_to_parent(parent_pid: int) -> None:
-    """Never outlive the server, leave signals of the terminal to it, and write no core files full of prompts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Never outlive the server, leave signals to it, and write no core files full of prompts."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server finishes what runs and then says so
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

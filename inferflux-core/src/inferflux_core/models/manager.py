@@ -147,8 +147,7 @@ class ModelManager:
             model.engine = self._engine_factory(model.name, self._spec(model))
             # The engine process opens the files first: what crashes native code dies there, not here.
             await model.engine.start()
-            template, tokenizer = await asyncio.to_thread(self._tokenizer, model, backend)
-            model.template, model.tokenizer = template, tokenizer
+            model.template, model.tokenizer = await asyncio.to_thread(self._tokenizer, model, backend)
         except ConfigError as error:
             if model.engine is not None:
                 await model.engine.stop()
@@ -236,13 +235,12 @@ class ModelManager:
         )
         return template, tokenizer
 
-    def list(self) -> Sequence[ServedModel]:
-        """All of them, in the order of the configuration."""
-        return self._models
-
     async def stop(self) -> None:
-        """End all engines."""
+        """End all engines and template processes."""
         await asyncio.gather(*(model.engine.stop() for model in self._models if model.engine is not None))
+        for model in self._models:
+            if model.template is not None:
+                await asyncio.to_thread(model.template.close)
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -297,3 +295,7 @@ class ModelManager:
             tools=None if prompt.tools is None else [dict(tool) for tool in prompt.tools],
             **prompt.template_kwargs,
         )
+
+    def list(self) -> Sequence[ServedModel]:
+        """All of them, in the order of the configuration."""
+        return self._models

@@ -14,7 +14,6 @@ from inferflux_core.models.shards import (
     SAFETENSORS_SUFFIX,
     ShardName,
     gguf_models,
-    model_stem,
     safetensors_weights,
 )
 from inferflux_core.plugins import PluginRegistry
@@ -50,19 +49,6 @@ def resolve_model(registry: PluginRegistry, ref: str, context: SourceContext) ->
         )
     source: ModelSource = sources[matching[0]]
     return source.resolve(ref, context)
-
-
-def default_model_name(ref: str, files: ModelFiles) -> str:
-    """The name that clients see of a model that the administrator gave none.
-
-    `demo` -> `demo`; `hf:owner/repo:Q4_K_M` -> `repo`; `/srv/llama-3-00001-of-00002.gguf` -> `llama-3`; a folder gives the
-    name of the model in it, or its own for safetensors.
-    """
-    if ref.startswith(HUB_PREFIX):
-        return ref.removeprefix(HUB_PREFIX).partition("@")[0].partition(":")[0].rpartition("/")[2] or ref
-    if is_path(ref) and files.paths:
-        return model_stem(os.path.basename(files.paths[0])) or ref
-    return ref
 
 
 class PathSource(ModelSource):

@@ -81,7 +81,7 @@ class RequestEnvelope:
         status = exchange.status if exchange.status is not None else CLIENT_CLOSED
         if exchange.error is not None and not exchange.in_pipeline:
             self._metrics.request_refused(route, status, exchange.error)
-        level = logging.DEBUG if route in _QUIET_ROUTES and status < 500 else logging.INFO
+        level = logging.DEBUG if route in _QUIET_ROUTES and status != 500 else logging.INFO
         if not access_logger.isEnabledFor(level):
             return
         fields: dict[str, object] = {

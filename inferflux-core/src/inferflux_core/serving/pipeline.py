@@ -7,6 +7,7 @@ that went away, a deadline, a stop string) ends in the same abort of its engine 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import time
@@ -106,58 +107,61 @@ class Pipeline:
         Raises:
             RequestError: before the first event when nothing was generated; later when the engine failed under it.
         """
-        if self._state.draining:
-            raise DrainingError("The server is shutting down. Please retry, it may be another server's turn.")
         self._running += 1
         self._idle.clear()
+        observer = _Observer(context, request.model, self._metrics)
         try:
-            async for event in self._generate(context, request):
-                yield event
+            # Closed here and not by the garbage collector, so that a client that leaves stops its generation at once.
+            async with contextlib.aclosing(self._answer(context, request, observer)) as events:
+                async for event in events:
+                    yield event
+        except RequestError as error:
+            observer.failed(error)
+            raise
         finally:
+            observer.closed()
             self._running -= 1
             if not self._running:
                 self._idle.set()
 
-    async def _generate(self, context: RequestContext, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+    async def _answer(
+        self, context: RequestContext, request: GenerationRequest, observer: _Observer
+    ) -> AsyncGenerator[Event, None]:
+        if self._state.draining:
+            raise DrainingError("The server is shutting down. Please retry; another server may answer.")
         model = self._models.get(request.model)
+        observer.model = model.name
         engine = model.ready_engine()
         tokenizer = model.ready_tokenizer()
         prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
         engine_requests = self._engine_requests(context, request, model, prompts)
-        choices = {
-            r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)
-        }
+        choices = {r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)}
         stream = OutputStream()
         deadline = asyncio.get_running_loop().call_later(
             max(0.0, context.deadline - time.monotonic()),
             stream.fail,
             RequestTimeoutError("The request took too long and was ended. Ask for fewer tokens or retry later."),
         )
-        observer = _Observer(context, model, self._metrics)
         try:
             self._submit(engine, engine_requests, stream)
             remaining = len(choices)
-            started = False
-            while remaining:
-                outputs = await stream.get()
+            outputs = await stream.get()
+            yield Started(model.name, model.fingerprint, self._prompt_texts(request, prompts, tokenizer))
+            while True:
                 observer.outputs_arrived(stream)
-                if not started:
-                    started = True
-                    yield Started(model.name, model.fingerprint, self._prompt_texts(request, prompts, tokenizer))
                 for delta in self._deltas(engine, choices, outputs):
                     remaining -= delta.finish_reason is not None
                     if delta.text or delta.tokens or delta.finish_reason is not None:
                         yield delta
-            usage = self._usage(request, prompts, list(choices.values()))
+                if not remaining:
+                    break
+                outputs = await stream.get()
             observer.done(next(iter(choices.values())).finish_reason or "stop")
-            yield Done(usage)
-        except RequestError as error:
-            observer.failed(error)
-            raise
+            yield Done(self._usage(request, prompts, list(choices.values())))
         finally:
             deadline.cancel()
             engine.abort(list(choices))
-            observer.closed(sum(choice.num_generated for choice in choices.values()))
+            observer.num_generated = sum(choice.num_generated for choice in choices.values())
 
     def _submit(self, engine: EngineClient, requests: list[EngineRequest], stream: OutputStream) -> None:
         try:
@@ -283,16 +287,17 @@ class Pipeline:
 
 
 class _Observer:
-    """Times one request for the metrics."""
+    """Times one request for the metrics, however it ends."""
 
-    def __init__(self, context: RequestContext, model: ServedModel, metrics: Metrics) -> None:
+    def __init__(self, context: RequestContext, model: str | None, metrics: Metrics) -> None:
+        self.model = model or ""
+        self.num_generated = 0
         self._context = context
-        self._model = model.name
         self._metrics = metrics
         self._first: float | None = None
         self._last = 0.0
         self._queue_time: float | None = None
-        self._status = 499
+        self._status = 499  # until it is known better: the client left
         self._finish_reason = "abort"
 
     def outputs_arrived(self, stream: OutputStream) -> None:
@@ -301,7 +306,7 @@ class _Observer:
             self._first = now
             self._queue_time = max(0.0, (stream.started_at or now) - self._context.arrival)
         else:
-            self._metrics.inter_token(self._model, now - self._last)
+            self._metrics.inter_token(self.model, now - self._last)
         self._last = now
 
     def done(self, finish_reason: str) -> None:
@@ -313,17 +318,17 @@ class _Observer:
         self._finish_reason = "error"
         self._metrics.error(error.code or error.type)
 
-    def closed(self, num_generated: int) -> None:
+    def closed(self) -> None:
         first = self._first
         self._metrics.request_finished(
             self._context.endpoint,
-            self._model,
+            self.model,
             self._status,
             self._finish_reason,
             duration=time.monotonic() - self._context.arrival,
             ttft=None if first is None else first - self._context.arrival,
             queue_time=self._queue_time,
-            num_generated=num_generated,
+            num_generated=self.num_generated,
             decode_time=None if first is None else self._last - first,
         )
 

@@ -111,7 +111,7 @@ class Server:
     async def _serve(self, loading: asyncio.Task[None]) -> int:
         from inferflux_core.serving.app import create_app
         from inferflux_core.serving.pipeline import Pipeline
-        from inferflux_core.serving.services import Services, ServerState
+        from inferflux_core.serving.services import ServerState, Services
         from inferflux_core.telemetry.metrics import Metrics
 
         state, metrics = ServerState(), Metrics()

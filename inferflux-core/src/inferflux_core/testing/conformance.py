@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from inferflux_core.engine.types import FinishReason
 from inferflux_core.interfaces import EngineConfig, ModelRunner
@@ -53,7 +54,7 @@ class BackendConformance(ABC):
         config = self.config(**changes)
         return EngineDriver(self.make_runner(config), config)
 
-    def one_by_one(self, prompts: Sequence[Sequence[int]], **params: object) -> list[Answer]:
+    def one_by_one(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Answer]:
         """Each prompt alone on a cache that shares nothing: what everything else must equal."""
         driver = self.driver(enable_prefix_caching=False)
         alternatives = 5 if self.logprob_noise else None
@@ -150,7 +151,7 @@ class BackendConformance(ABC):
 
     def test_a_seed_reproduces_in_any_company(self) -> None:
         prompt, others = self.prompt(20, 1), [self.prompt(25, v) for v in (2, 3, 4)]
-        params = {"temperature": 1.0, "seed": 7, "max_tokens": self.output_tokens}
+        params: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": self.output_tokens}
         driver = self.driver()
         alone = driver.generate(make_request(prompt, **params))[0]
         company = [make_request(p, temperature=1.0, seed=v, max_tokens=20) for v, p in enumerate(others)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from inferflux_core.engine.loop import EngineCore
 from inferflux_core.engine.scheduler import TokenBudgetScheduler
@@ -16,14 +17,20 @@ _ids = itertools.count()
 
 
 def make_request(
-    prompt: Sequence[int], *, request_id: str | None = None, salt: str = "", tenant: str = "", priority: int = 0, **params: object
+    prompt: Sequence[int],
+    *,
+    request_id: str | None = None,
+    salt: str = "",
+    tenant: str = "",
+    priority: int = 0,
+    **params: Any,
 ) -> EngineRequest:
     """A request with sampling parameters as keywords; greedy unless a temperature is given."""
     number = next(_ids)
     return EngineRequest(
         request_id=request_id if request_id is not None else f"r{number}",
         prompt_token_ids=list(prompt),
-        params=SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **params}),  # type: ignore[arg-type]  # by keyword
+        params=SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **params}),
         cache_salt=salt,
         tenant=tenant,
         priority=priority,

@@ -71,8 +71,8 @@ class FakeTokenizer(Tokenizer):
 
     vocab_size = VOCAB_SIZE
     eos_token_ids = frozenset({EOS, IM_END})
-    bos_token = "<s>"
-    eos_token = "</s>"
+    bos_token = "<s>"  # noqa: S105
+    eos_token = "</s>"  # noqa: S105
     chat_template = CHAT_TEMPLATE
     special_tokens = frozenset(_SPECIAL.values())
 
@@ -139,6 +139,8 @@ class FakeRunner(ModelRunner):
         max_model_len = min(config.max_model_len or settings.max_model_len, settings.max_model_len)
         if settings.layout == "paged":
             max_model_len = min(max_model_len, (settings.num_blocks - 1) * settings.block_size)
+        elif settings.pool_tokens is not None:
+            max_model_len = min(max_model_len, settings.pool_tokens)
         self.model_info = ModelInfo(
             vocab_size=VOCAB_SIZE, max_model_len=max_model_len, eos_token_ids=FakeTokenizer.eos_token_ids
         )

@@ -17,10 +17,12 @@ class PrefixMatch:
     Attributes:
         num_tokens: always less than the sequence's length, since one token must be computed to get logits.
         source: what the manager that made it needs to take it over; nobody else looks inside.
+        num_held: tokens of it that running sequences hold anyway: sharing them takes no room.
     """
 
     num_tokens: int
     source: object = None
+    num_held: int = 0
 
 
 NO_MATCH = PrefixMatch(0)
@@ -32,9 +34,15 @@ class KVCacheManager(ABC):
     A sequence goes through `get_computed_blocks` (where can it start), `allocate_slots` before every step (room up to a
     length), `cache_blocks` after it (what is valid now), and `free`. A match is valid until the next call that allocates
     for another sequence.
+
+    Attributes:
+        block_size: tokens of a block, the unit of prefix matching.
+        min_shared_tokens: a prefix that a running sequence is still computing is worth waiting for from this many tokens
+            on; None if it never is.
     """
 
     block_size: int
+    min_shared_tokens: int | None
 
     @abstractmethod
     def get_computed_blocks(self, request: Request) -> PrefixMatch:
@@ -55,6 +63,14 @@ class KVCacheManager(ABC):
     @abstractmethod
     def free(self, request: Request, keep: bool) -> None:
         """The sequence gives everything back; with `keep`, its computed tokens stay for others to find."""
+
+    @abstractmethod
+    def cancel(self, ops: KVOps) -> None:
+        """A row was taken out of the plan, and its sequence is freed next: its operations will not be carried out."""
+
+    @abstractmethod
+    def carry_over(self, ops: KVOps) -> KVOps:
+        """These operations, and whatever cancelled ones of the same plan would have done for the other rows."""
 
     @abstractmethod
     def free_tokens(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from inferflux_core.engine.kv.manager import NO_MATCH, KVCacheManager, PrefixMatch
 from inferflux_core.engine.request import BlockHash, Request
-from inferflux_core.engine.types import PagedOps
+from inferflux_core.engine.types import KVOps, PagedOps
 from inferflux_core.interfaces import KVStats
 
 NULL_BLOCK = 0  # padded rows of a backend write here; never handed out
@@ -21,6 +21,14 @@ class Block:
     hash: BlockHash | None = None
     prev: Block | None = None
     next: Block | None = None
+
+
+@dataclass(slots=True)
+class _Table:
+    """Blocks of one sequence; of the first `num_offered` full ones it is settled whether others can find them."""
+
+    blocks: list[Block]
+    num_offered: int
 
 
 class FreeList:
@@ -90,37 +98,40 @@ class PagedKVCacheManager(KVCacheManager):
         self._blocks = [Block(i) for i in range(num_blocks)]
         self._free = FreeList(self._blocks[NULL_BLOCK + 1 :])
         self._cached: dict[BlockHash, Block] = {}
-        self._tables: dict[str, list[Block]] = {}
+        self._tables: dict[str, _Table] = {}
+        self.min_shared_tokens = 2 * block_size if enable_prefix_caching else None
 
     def get_computed_blocks(self, request: Request) -> PrefixMatch:
         if not self._caching:
             return NO_MATCH
         blocks: list[Block] = []
+        held = 0
         for block_hash in request.block_hashes(self.block_size, len(request.tokens) - 1):
             block = self._cached.get(block_hash)
             if block is None:
                 break
             blocks.append(block)
-        return PrefixMatch(len(blocks) * self.block_size, blocks)
+            held += block.refs > 0
+        return PrefixMatch(len(blocks) * self.block_size, blocks, held * self.block_size)
 
     def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> PagedOps | None:
         table = self._tables.get(request.request_id)
         adopted: list[Block] = match.source if table is None and isinstance(match.source, list) else []
-        held = len(adopted) if table is None else len(table)
+        held = len(adopted) if table is None else len(table.blocks)
         needed = -(-upto // self.block_size) - held
         if needed > len(self._free) - sum(block.refs == 0 for block in adopted):
             return None
         if needed <= 0 and table is not None:
             return _NOTHING_NEW
         if table is None:
-            table = self._tables[request.request_id] = []
+            table = self._tables[request.request_id] = _Table([], len(adopted))
         for block in adopted:
             if block.refs == 0:
                 self._free.remove(block)
             block.refs += 1
         new = [self._take() for _ in range(needed)]
-        table += adopted
-        table += new
+        table.blocks += adopted
+        table.blocks += new
         return PagedOps([block.id for block in (*adopted, *new)])
 
     def _take(self) -> Block:
@@ -139,27 +150,34 @@ class PagedKVCacheManager(KVCacheManager):
             return
         table = self._tables[request.request_id]
         full = upto // self.block_size
-        # Published blocks form a prefix of the table, so walking back from the end meets only new ones.
-        first = full
-        while first and table[first - 1].hash is None and first * self.block_size > request.num_cached_tokens:
-            first -= 1
-        if first == full:
+        if full <= table.num_offered:
             return
         hashes = request.block_hashes(self.block_size, upto)
-        for i in range(first, full):
+        for i in range(table.num_offered, full):
             # Another sequence may have computed the same block first; then ours stays private.
             if hashes[i] not in self._cached:
-                table[i].hash = hashes[i]
-                self._cached[hashes[i]] = table[i]
+                table.blocks[i].hash = hashes[i]
+                self._cached[hashes[i]] = table.blocks[i]
+        table.num_offered = full
 
     def trim(self, request: Request, to: int) -> None:
         table = self._tables[request.request_id]
-        while len(table) > -(-to // self.block_size):
-            self._release(table.pop(), keep=False)
+        while len(table.blocks) > -(-to // self.block_size):
+            self._release(table.blocks.pop(), keep=False)
+        if to % self.block_size and table.blocks[-1].refs == 1:
+            self._forget(table.blocks[-1])  # its end is about to be overwritten
+        table.num_offered = min(table.num_offered, to // self.block_size)
 
     def free(self, request: Request, keep: bool) -> None:
-        for block in reversed(self._tables.pop(request.request_id, [])):
+        table = self._tables.pop(request.request_id, None)
+        for block in reversed(table.blocks if table is not None else []):
             self._release(block, keep)
+
+    def cancel(self, ops: KVOps) -> None:
+        """Nothing to undo: freeing the sequence gives the blocks back."""
+
+    def carry_over(self, ops: KVOps) -> KVOps:
+        return ops
 
     def _release(self, block: Block, keep: bool) -> None:
         block.refs -= 1
@@ -181,12 +199,13 @@ class PagedKVCacheManager(KVCacheManager):
 
     def block_table(self, request: Request) -> list[int]:
         """Block ids of a sequence, for tests."""
-        return [block.id for block in self._tables.get(request.request_id, [])]
+        table = self._tables.get(request.request_id)
+        return [] if table is None else [block.id for block in table.blocks]
 
     def check_integrity(self) -> None:
         refs = [0] * len(self._blocks)
         for table in self._tables.values():
-            for block in table:
+            for block in table.blocks:
                 refs[block.id] += 1
         assert [block.refs for block in self._blocks] == refs, "reference counts differ from the block tables"
         free = self._free.ids()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from inferflux_core.engine.kv.manager import NO_MATCH, KVCacheManager, PrefixMatch
 from inferflux_core.engine.request import BlockHash, Request
-from inferflux_core.engine.types import SequenceOps
+from inferflux_core.engine.types import KVOps, SequenceOps
 from inferflux_core.interfaces import KVCacheSpec, KVStats
 
 
@@ -55,7 +55,10 @@ class SequenceKVCacheManager(KVCacheManager):
         self._of: dict[str, Stream] = {}
         self._plain_ops = [SequenceOps(i) for i in range(spec.num_streams)]
         self._index: dict[BlockHash, set[int]] = {}
-        self._stale: set[int] = set()  # shared pool only: streams whose cells the library still holds for nobody
+        # Shared pool only: streams whose cells the library still holds for nobody.
+        self._stale: set[int] = set()
+        shares = enable_prefix_caching and spec.can_trim  # one that runs has always computed more than the prefix
+        self.min_shared_tokens = max(2 * spec.block_size, spec.min_copy_tokens) if shares else None
         self._clock = 0
 
     # --- finding a prefix ---------------------------------------------------------------------------------------------
@@ -154,7 +157,6 @@ class SequenceKVCacheManager(KVCacheManager):
         if self._spec.pool_tokens is None:
             return ()
         kept = {stream.id for stream in spare}
-        self._stale -= kept
         missing = tokens - (self._spec.pool_tokens - sum(_cells(s) for s in self._streams))
         evicted = []
         retained = [s for s in self._streams if s.owner is None and s.length and s.id not in kept]
@@ -167,9 +169,20 @@ class SequenceKVCacheManager(KVCacheManager):
             return None
         for stream in evicted:
             self._truncate(stream, 0)
-        cleared = (*self._stale, *(stream.id for stream in evicted))
+        cleared = (*sorted(self._stale - kept), *(stream.id for stream in evicted))
         self._stale.clear()
         return cleared
+
+    def cancel(self, ops: KVOps) -> None:
+        if isinstance(ops, SequenceOps):
+            self._stale.update(ops.clear)
+
+    def carry_over(self, ops: KVOps) -> KVOps:
+        if not self._stale or not isinstance(ops, SequenceOps):
+            return ops
+        cleared = (*ops.clear, *sorted(self._stale))
+        self._stale.clear()
+        return replace(ops, clear=cleared)
 
     # --- what is computed ---------------------------------------------------------------------------------------------
 

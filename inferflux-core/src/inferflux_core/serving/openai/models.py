@@ -38,7 +38,7 @@ def model_routes(services: Services) -> APIRouter:
     async def list_models() -> Response:
         """All configured models, loaded or not, in the order of the configuration."""
         views: Sequence[ModelView] = services.models.list()
-        return json_response(encode(ModelList([model_object(view) for view in views])))
+        return json_response(encode(ModelList(data=[model_object(view) for view in views])))
 
     @router.get("/v1/models/{model_id:path}", **documented(None, ModelObject, errors=(404,)))
     async def retrieve_model(request: Request, model_id: str) -> Response:

@@ -39,7 +39,8 @@ class TokenizeBody(_Body):
     Attributes:
         add_special_tokens: vLLM's name; true by default for `prompt`, false for `messages`, whose template adds its own.
         add_special: llama-server's name; false by default.
-        parse_special: read the texts of control tokens as these tokens.
+        parse_special: read the texts of control tokens as these tokens; false by default for `prompt`, as /v1/completions
+            reads it, true for `content`, as llama-server has it. Messages are read as /v1/chat/completions reads them.
         return_token_strs: vLLM: also return the text of each token.
         with_pieces: llama-server: return objects of id and text instead of ids.
     """
@@ -135,8 +136,8 @@ def token_routes(services: Services) -> APIRouter:
         body = await reader.read(request, TokenizeBody)
         view = find(request, body.model)
         text, add_special = body.text()
-        # Both servers read control tokens in raw text unless told not to; nothing is generated here.
-        tokens = await models.tokenize(view, text, add_special, body.parse_special is not False)
+        parse_special = body.content is not None if body.parse_special is None else body.parse_special
+        tokens = await models.tokenize(view, text, add_special, parse_special)
         if body.content is None:
             texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
             return json_response(encode(TokenizeReply(len(tokens), view.max_model_len, tokens, texts)))

@@ -148,8 +148,8 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True):
     inferflux: ModelExtras
 
 
-class ModelList(msgspec.Struct, frozen=True):
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """Reply of `GET /v1/models`."""
 
-    data: list[ModelObject]
     object: Literal["list"] = "list"
+    data: list[ModelObject]
