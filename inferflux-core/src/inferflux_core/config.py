@@ -139,13 +139,14 @@ def problems_error(problems: Iterable[str]) -> ConfigError:
 def served_name(model: ModelSettings) -> str:
     """The name that clients use: the one set, or else one made from the source.
 
-    `/srv/llama-3.gguf` -> `llama-3`, `hf:owner/repo:Q4_K_M@main` -> `owner/repo`; anything else stays, such as `demo`.
+    `/srv/llama-3-00001-of-00002.gguf` -> `llama-3`, `hf:owner/repo:Q4_K_M@main` -> `owner/repo`; anything else stays, such as `demo`.
     """
     if model.name is not None:
         return model.name
     if is_path(model.source):
         path = Path(model.source)
-        return path.stem if path.suffix.lower() in (".gguf", ".safetensors", ".onnx") else path.name
+        stem = path.stem if path.suffix.lower() in (".gguf", ".safetensors", ".onnx") else path.name
+        return re.sub(r"-\d{5}-of-\d{5}$", "", stem)
     if model.source.startswith("hf:"):
         return re.split(r"[:@]", model.source.removeprefix("hf:"))[0] or model.source
     return model.source

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class Group(BaseModel):
@@ -144,3 +144,15 @@ class Settings(Group):
     plugins: PluginSettings = Field(default_factory=PluginSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+
+    @model_validator(mode="after")
+    def _room_for_prefill(self) -> Settings:
+        """Every running sequence takes a token of each step; what is left must let new ones in."""
+        engine = self.engine
+        most = max(model.max_num_seqs or engine.max_num_seqs for model in self.models)
+        if engine.max_num_batched_tokens < 2 * most:
+            raise ValueError(
+                f"engine.max_num_batched_tokens is {engine.max_num_batched_tokens}, less than twice max_num_seqs ({most}): "
+                f"decoding sequences would leave no room for new prompts; raise it to {2 * most} or lower max_num_seqs"
+            )
+        return self

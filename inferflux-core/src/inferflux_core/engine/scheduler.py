@@ -29,7 +29,7 @@ from inferflux_core.engine.types import (
 )
 from inferflux_core.interfaces import Capabilities, EngineConfig, Scheduler
 
-# A chunk beside decodes is never cut below this: smaller ones waste a pass over the weights.
+# No chunk is cut below this, and no remainder is left below it: every chunk costs a pass over the weights.
 _MIN_CHUNK = 32
 # Waiting requests that may be passed over in one step because a running one is computing what they need.
 _HOLD_WINDOW = 16
@@ -77,9 +77,9 @@ class TokenBudgetScheduler(Scheduler):
         self.kv = context.kv
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
+        self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
         self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
-        # Every running sequence gets a token in every step, so no more of them than a step has tokens.
-        self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs, self._max_tokens)
+        self._min_chunk = min(_MIN_CHUNK, max(1, self._max_tokens // 4))
         self._slots = list(range(self._max_num_seqs))
         self._freed_slots: list[int] = []
         self._scheduled: list[Request] = []
@@ -156,8 +156,8 @@ class TokenBudgetScheduler(Scheduler):
         """Give running requests what the budget allows; returns the tokens used."""
         used = 0
         for request in requests:
-            n = min(request.num_pending, budget - used)
-            if n <= 0:
+            n = self._cut(plan, request.num_pending, budget - used)
+            if not n:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue  # it was preempted for an earlier one
@@ -166,6 +166,20 @@ class TokenBudgetScheduler(Scheduler):
                 self._add_row(plan, request, n, ops)
                 used += n
         return used
+
+    def _cut(self, plan: SchedulerOutput, pending: int, budget: int) -> int:
+        """Tokens to compute of those pending: all, or a chunk that neither is nor leaves a sliver; 0 means not now.
+
+        Every chunk costs a pass over the weights, so the budget may be exceeded a little to spare one.
+        """
+        room = self._max_tokens - plan.num_tokens
+        if budget <= 0 or room <= 0:
+            return 0
+        if pending < budget + self._min_chunk and pending <= room:
+            return pending
+        if budget < self._min_chunk and plan.rows:
+            return 0
+        return min(pending, budget, room)
 
     def _allocate_or_preempt(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
         while (ops := self.kv.allocate_slots(request, upto)) is None:
@@ -192,7 +206,7 @@ class TokenBudgetScheduler(Scheduler):
         if not plan.rows or target is None:
             return room
         kv_tokens = sum(row.start for row in plan.rows)
-        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(_MIN_CHUNK, room), room)
+        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(self._min_chunk, room), room)
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Start waiting requests while there are slots, budget and room."""
@@ -203,8 +217,8 @@ class TokenBudgetScheduler(Scheduler):
             if self._is_being_computed(request, match.num_tokens):
                 passed_over.append(request)
                 continue
-            n = min(len(request.tokens) - match.num_tokens, budget)
-            ops = self._start(request, match, n)
+            n = self._cut(plan, len(request.tokens) - match.num_tokens, budget)
+            ops = self._start(request, match, n) if n else None
             if ops is None:
                 passed_over.append(request)
                 break
