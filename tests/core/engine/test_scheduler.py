@@ -136,7 +136,7 @@ def test_several_prompts_share_a_step() -> None:
 
 
 def test_no_sliver_of_a_prompt_is_left_for_a_step_of_its_own() -> None:
-    """Beside a decode that leaves 63 tokens: 63 and 5 would be two steps' work for what a little more than one can do."""
+    """Every chunk costs a pass over the weights: a little more than the target allows is better than one more pass."""
     cost_of_target = 40.0  # so that the chunk is about 60 tokens while 127 fit
     engine = Engine(max_num_batched_tokens=128, itl_target_ms=cost_of_target, cost=lambda p, d: 0.5 * p + 10)
     chunks = _chunks_beside_a_decode(engine, prompts=8, length=300)

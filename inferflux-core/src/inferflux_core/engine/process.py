@@ -30,7 +30,7 @@ from inferflux_core.engine.messages import (
     encode,
 )
 from inferflux_core.engine.types import EngineRequest
-from inferflux_core.engine.worker import WorkerSpec
+from inferflux_core.engine.worker import CANNOT_LOAD, WorkerSpec
 from inferflux_core.errors import EngineRestartedError, ModelFileError, ModelLoadingError
 from inferflux_core.settings import EngineSettings
 
@@ -176,7 +176,17 @@ class ProcessEngineClient(EngineClient):
             await gone
             self._read()  # its last words
         status = process.returncode or 0
+        if status == CANNOT_LOAD:
+            await self._hear_why()
         return f"died of signal {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+    async def _hear_why(self) -> None:
+        """The process has sent why it cannot load the model, but that may be on its way still."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_SECONDS):
+                while self.state is not EngineState.FAILED:
+                    await asyncio.sleep(0.01)
+                    self._read()
 
     def _give_up(self, reason: str) -> str:
         self._kill()

@@ -136,8 +136,10 @@ class TokenBudgetScheduler(Scheduler):
         plan = SchedulerOutput(step=self._count.steps, rows=[], num_tokens=0)
         self._scheduled = []
         preemptions = self._count.preemptions
-        decodes = [r for r in self.running.values() if r.num_pending == 1]
-        prefills = [r for r in self.running.values() if r.num_pending > 1]
+        decodes: list[Request] = []
+        prefills: list[Request] = []
+        for request in self.running.values():
+            (decodes if request.num_pending == 1 else prefills).append(request)
         self._schedule_running(plan, decodes, self._max_tokens)
         chunk = self._chunk_budget(plan)
         chunk -= self._schedule_running(plan, prefills, chunk)
@@ -316,17 +318,17 @@ class TokenBudgetScheduler(Scheduler):
         first = request.num_computed_tokens
         request.num_computed_tokens = first + row.n
         self.kv.cache_blocks(request, request.num_computed_tokens)
-        size = self.kv.block_size
-        self._no_longer_computing(request, first // size, request.num_computed_tokens // size)
-        prompt = max(0, min(request.num_computed_tokens, request.num_prompt_tokens) - first)
-        self._count.prompt_tokens += prompt
-        if request.num_preemptions:
-            self._count.recomputed_prompt_tokens += prompt
+        if self._computing:
+            size = self.kv.block_size
+            self._no_longer_computing(request, first // size, request.num_computed_tokens // size)
+        if first < request.num_prompt_tokens:
+            prompt = min(request.num_computed_tokens, request.num_prompt_tokens) - first
+            self._count.prompt_tokens += prompt
+            if request.num_preemptions:
+                self._count.recomputed_prompt_tokens += prompt
         self.on_computed(request, row.n)
 
-    def _append(
-        self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None
-    ) -> EngineOutput:
+    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> EngineOutput:
         """Known tokens grow by what was drawn, up to the first that ends the request."""
         params = request.params
         reason: FinishReason | None = None
@@ -380,8 +382,6 @@ class TokenBudgetScheduler(Scheduler):
         request.slot = None
 
     def _no_longer_computing(self, request: Request, first_block: int, upto_block: int | None) -> None:
-        if not self._computing:
-            return
         for block_hash in request.hashes[first_block:upto_block]:
             if self._computing.get(block_hash) == request.request_id:
                 del self._computing[block_hash]

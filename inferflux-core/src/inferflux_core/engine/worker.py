@@ -40,6 +40,8 @@ from inferflux_core.plugins import load_plugins
 logger = logging.getLogger("inferflux.engine")
 
 HEARTBEAT_SECONDS = 1.0
+# Exit status after a Failed message; an exception that nobody expected ends with 1.
+CANNOT_LOAD = 3
 _PR_SET_PDEATHSIG = 1
 
 
@@ -160,7 +162,7 @@ def main() -> int:
         core.close()
     except InferFluxError as error:
         outbox.send(encode(Failed(str(error))))
-        return 1
+        return CANNOT_LOAD
     finally:
         pulse.stop()
         inbox.close(0)

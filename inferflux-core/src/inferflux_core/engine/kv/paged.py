@@ -34,8 +34,8 @@ class _Table:
 class FreeList:
     """Free blocks in the order of reuse, least valuable first. Every operation is O(1).
 
-        head -> [oldest] <-> ... <-> [newest] <- tail
-         ^ popped here                  ^ appended here
+    head -> [oldest] <-> ... <-> [newest] <- tail
+     ^ popped here                  ^ appended here
     """
 
     def __init__(self, blocks: list[Block]) -> None:
@@ -116,13 +116,13 @@ class PagedKVCacheManager(KVCacheManager):
 
     def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> PagedOps | None:
         table = self._tables.get(request.request_id)
+        if table is not None and upto <= len(table.blocks) * self.block_size:
+            return _NOTHING_NEW
         adopted: list[Block] = match.source if table is None and isinstance(match.source, list) else []
         held = len(adopted) if table is None else len(table.blocks)
         needed = -(-upto // self.block_size) - held
         if needed > len(self._free) - sum(block.refs == 0 for block in adopted):
             return None
-        if needed <= 0 and table is not None:
-            return _NOTHING_NEW
         if table is None:
             table = self._tables[request.request_id] = _Table([], len(adopted))
         for block in adopted:
