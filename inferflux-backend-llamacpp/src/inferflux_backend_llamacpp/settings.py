@@ -55,7 +55,7 @@ class LlamaCppSettings(Group):
         "pool of cells that copies share, which saves memory when live sequences have one large prefix in common.",
     )
     kv_cache_mib: int = Field(
-        1536,
+        1024,
         ge=16,
         description="Memory for the KV cache in MiB from which max_model_len follows when it is not set: the model's own "
         "context length if it fits for max_num_seqs sequences, but no less than 2,048 tokens.",

@@ -156,7 +156,8 @@ class FakeRunner(ModelRunner):
         self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
         self._memory = _Memory(settings.block_size)
         self._sampler = Sampler(VOCAB_SIZE, self.model_info.eos_token_ids)
-        self._plain: dict[int, bool] = {}  # slot -> nothing but greedy: no logits needed
+        # slot -> whether it may end, for sequences that are nothing but greedy: they need no logits
+        self._plain: dict[int, bool] = {}
 
     def warm_up(self) -> None:
         """Nothing to warm."""
@@ -169,7 +170,9 @@ class FakeRunner(ModelRunner):
         for init in plan.start:
             self._sampler.start(init)
             self._memory.tables.pop(init.slot, None)
-            self._plain[init.slot] = _is_plain(init.params)
+            self._plain.pop(init.slot, None)
+            if _is_plain(init.params):
+                self._plain[init.slot] = not init.params.ignore_eos
         for row in plan.rows:
             self._apply(row)
         states = [self._forward(row) for row in plan.rows]
@@ -232,8 +235,9 @@ class FakeRunner(ModelRunner):
             ticket.logprobs.append(None if logprobs is None else [logprobs])
 
     def _draw(self, row: Row, state: int) -> tuple[int, TokenLogprobs | None]:
-        best = _favourite(state)
-        if self._plain[row.slot]:
+        may_end = self._plain.get(row.slot)
+        best = _favourite(state, may_end is not False)
+        if may_end is not None:
             return best, None
         logits = gumbel_noise(state, 0, np.arange(VOCAB_SIZE))
         logits[128:256] = -20.0  # no broken UTF-8 out of nowhere
@@ -254,12 +258,18 @@ class FakeRunner(ModelRunner):
         self._memory = _Memory(self._settings.block_size)
 
 
-def _favourite(state: int) -> int:
+def _favourite(state: int, may_end: bool) -> int:
     """The greedy token: a letter, or once in about 64 the end."""
-    return IM_END if (state >> 20) % 64 == 0 else _LETTERS[(state >> 32) % len(_LETTERS)]
+    if may_end and (state >> 20) % 64 == 0:
+        return IM_END
+    return _LETTERS[(state >> 32) % len(_LETTERS)]
 
 
 def _is_plain(params: SamplingParams) -> bool:
     return params == SamplingParams(
-        max_tokens=params.max_tokens, temperature=0.0, seed=params.seed, stop_token_ids=params.stop_token_ids
+        max_tokens=params.max_tokens,
+        temperature=0.0,
+        seed=params.seed,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
     )
