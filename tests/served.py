@@ -73,9 +73,9 @@ class ServedInferFlux:
     def engine_pid(self) -> int:
         """Of the engine process of the first model."""
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and _parent(entry) == self.process.pid:
-                if b"inferflux_core.engine.worker" in (entry / "cmdline").read_bytes():
-                    return int(entry.name)
+            mine = entry.name.isdigit() and _parent(entry) == self.process.pid
+            if mine and b"inferflux_core.engine.worker" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
         raise AssertionError("there is no engine process")
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> int:

@@ -7,10 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from served import fake, serving, until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PACKAGE = EXAMPLES / "inferflux-scheduler-shortest"
@@ -82,3 +86,31 @@ def test_check_accepts_the_example_only_with_the_package(installed: Path) -> Non
         "scheduler shortest",
         "model demo from demo, backend auto, default",
     ]
+
+
+def test_it_decides_who_is_served_next(installed: Path) -> None:
+    """One slot; while it is taken a long prompt comes and then a short one: the short one is answered first."""
+    finished: list[str] = []
+    arguments = ["--config", str(EXAMPLES / "shortest.yaml"), *fake(step_ms=10), "--max-num-seqs", "1"]
+    with serving(*arguments, env={"PYTHONPATH": str(installed)}) as served:
+
+        def ask(name: str, prompt: str, max_tokens: int) -> None:
+            body = {"model": "fake", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
+            assert served.post("/v1/completions", body).status_code == 200
+            finished.append(name)
+
+        def waiting(number: int) -> bool:
+            return bool(served.health()["requests_waiting"] == number)
+
+        threads = [
+            threading.Thread(target=ask, args=arguments)
+            for arguments in (("first", "a", 150), ("long", "b" * 500, 5), ("short", "c" * 5, 5))
+        ]
+        threads[0].start()
+        until(lambda: served.health()["requests_running"] == 1)
+        for number, thread in enumerate(threads[1:], 1):
+            thread.start()
+            until(partial(waiting, number))
+        for thread in threads:
+            thread.join()
+    assert finished == ["first", "short", "long"]

@@ -48,7 +48,10 @@ def test_a_client_that_leaves_stops_its_generation() -> None:
         # The same without streaming: the connection is closed while the answer is being made.
         connection = socket.create_connection(("127.0.0.1", httpx.URL(served.url).port))
         body = json.dumps(LONG).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         connection.sendall(head.encode() + body)
         until(lambda: served.health()["requests_running"] == 1)
         connection.close()
@@ -159,7 +162,9 @@ def test_a_step_that_hangs_is_ended() -> None:
 
 def test_several_models_and_aliases(tmp_path: Path) -> None:
     config = tmp_path / "inferflux.yaml"
-    config.write_text("models:\n- source: 'fake:a'\n  name: a\n  aliases: [x]\n- source: 'fake:b'\n  name: b\n  default: true\n")
+    config.write_text(
+        "models:\n- source: 'fake:a'\n  name: a\n  aliases: [x]\n- source: 'fake:b'\n  name: b\n  default: true\n"
+    )
     with serving("--config", str(config)) as served:
         for asked, answered in (("a", "a"), ("x", "a"), ("b", "b")):
             assert served.post("/v1/chat/completions", {**CHAT, "model": asked}).json()["model"] == answered

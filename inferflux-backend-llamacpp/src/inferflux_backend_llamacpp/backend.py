@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from inferflux_backend_llamacpp.gguf import read_gguf, read_split
+from inferflux_backend_llamacpp.gguf import read_adapter, read_split
 from inferflux_backend_llamacpp.settings import LlamaCppSettings
 from inferflux_core.errors import ModelFileError
 from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelRunner, Tokenizer
@@ -23,7 +23,7 @@ class LlamaCppBackend(Backend):
         for adapter in self._settings.lora:
             if not adapter.path.is_file():
                 raise ModelFileError(f"LoRA adapter {str(adapter.path)!r} is not a file; correct backends.llamacpp.lora")
-            read_gguf(adapter.path)
+            read_adapter(adapter.path)
 
     def tokenizer(self, files: ModelFiles) -> Tokenizer:
         from inferflux_backend_llamacpp.tokenizer import LlamaCppTokenizer

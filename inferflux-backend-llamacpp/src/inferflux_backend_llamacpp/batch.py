@@ -28,9 +28,7 @@ class Batch:
         batch.token = self._tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
         batch.pos = self._positions.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_pos))
         batch.n_seq_id = self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = self._stream_pointers.ctypes.data_as(
-            ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id))
-        )
+        batch.seq_id = self._stream_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(llama_cpp.llama_seq_id)))
         batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         self.struct = batch
 

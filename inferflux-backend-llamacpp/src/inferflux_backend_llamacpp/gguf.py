@@ -55,6 +55,23 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFHeader:
     return header
 
 
+def read_adapter(path: str | os.PathLike[str]) -> GGUFHeader:
+    """Read and check the header of a LoRA adapter.
+
+    Raises:
+        ModelFileError: as `read_gguf`, and when the file is something else than a LoRA adapter.
+    """
+    path = os.fspath(path)
+    header = _parse(path, shard=0)
+    if header.text("general.type") != "adapter" or header.text("adapter.type") != "lora":
+        fail(path, "it is not a LoRA adapter: keys 'general.type' and 'adapter.type' do not say so")
+    if not header.architecture:
+        fail(path, "key 'general.architecture' is missing")
+    if not header.tensors:
+        fail(path, "it holds no tensors")
+    return header
+
+
 def read_split(paths: Sequence[str | os.PathLike[str]]) -> GGUFHeader:
     """Read and check all shards of a model, in order. A model in one file is a single shard.
 
@@ -125,9 +142,7 @@ def _check_version(cursor: Cursor, version: int) -> None:
     if version in _VERSIONS:
         return
     if version & 0xFFFF == 0 and version != 0:
-        cursor.fail(
-            "it is big-endian, and this build reads little-endian files; convert the model again on this machine"
-        )
+        cursor.fail("it is big-endian, and this build reads little-endian files; convert the model again on this machine")
     if version == 1:
         cursor.fail("version 1 is no longer supported; convert the model again with a current llama.cpp")
     cursor.fail(f"version {version} is unknown, 2 and 3 are supported")
@@ -210,9 +225,7 @@ def _tensor(cursor: Cursor, shard: int) -> TensorInfo:
     if (packing := TENSOR_TYPES.get(number)) is None:
         cursor.fail(f"{what} has the unknown type {number}; the file is damaged or newer than this llama.cpp")
     if shape[0] % packing.block_size:
-        cursor.fail(
-            f"{what} has rows of {shape[0]} elements, no multiple of the {packing.block_size} of {packing.name}"
-        )
+        cursor.fail(f"{what} has rows of {shape[0]} elements, no multiple of the {packing.block_size} of {packing.name}")
     return TensorInfo(name, shape, packing.name, offset, elements // packing.block_size * packing.block_bytes, shard)
 
 

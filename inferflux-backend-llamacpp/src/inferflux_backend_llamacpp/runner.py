@@ -79,9 +79,7 @@ class LlamaCppRunner(ModelRunner):
             can_trim=self._can_trim(),
             min_copy_tokens=self._min_copy_tokens(header),
         )
-        self.caps = Capabilities(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
-        )
+        self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
         self._sampler = Sampler(vocab_size, self.model_info.eos_token_ids)
 
     # --- loading ------------------------------------------------------------------------------------------------------

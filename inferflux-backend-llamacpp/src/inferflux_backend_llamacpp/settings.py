@@ -61,6 +61,9 @@ class LlamaCppSettings(Group):
         "context length if it fits for max_num_seqs sequences, but no less than 2,048 tokens.",
     )
     retained_streams: int = Field(
-        0, ge=0, le=255, description="Streams beside max_num_seqs that only keep finished sequences for reuse; each costs cache."
+        0,
+        ge=0,
+        le=255,
+        description="Streams beside max_num_seqs that only keep finished sequences for reuse; each costs cache.",
     )
     lora: tuple[LoraSettings, ...] = Field((), description="LoRA adapters to apply.")

@@ -32,9 +32,7 @@ class LlamaCppTokenizer(Tokenizer):
         self.chat_template = read_split(files.paths).chat_template
         get_attr = llama_cpp.llama_vocab_get_attr
         self.special_tokens = frozenset(
-            self._text(token)
-            for token in range(self.vocab_size)
-            if get_attr(vocab, token) & (_ATTR_CONTROL | _ATTR_UNKNOWN)
+            self._text(token) for token in range(self.vocab_size) if get_attr(vocab, token) & (_ATTR_CONTROL | _ATTR_UNKNOWN)
         ) - {""}
 
     def _text(self, token: int) -> str:

@@ -139,7 +139,8 @@ def problems_error(problems: Iterable[str]) -> ConfigError:
 def served_name(model: ModelSettings) -> str:
     """The name that clients use: the one set, or else one made from the source.
 
-    `/srv/llama-3-00001-of-00002.gguf` -> `llama-3`, `hf:owner/repo:Q4_K_M@main` -> `owner/repo`; anything else stays, such as `demo`.
+    `/srv/llama-3-00001-of-00002.gguf` -> `llama-3`, `hf:owner/repo:Q4_K_M@main` -> `owner/repo`;
+    anything else stays, such as `demo`.
     """
     if model.name is not None:
         return model.name

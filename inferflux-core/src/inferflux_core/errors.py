@@ -124,9 +124,7 @@ class UnavailableError(RequestError):
     default_code = "no_backend"
     grpc_code = "UNAVAILABLE"
 
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float = 1.0
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after: float = 1.0) -> None:
         super().__init__(message, param=param, code=code, retry_after=retry_after)
 
 

@@ -69,7 +69,6 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceContext:
     """What a source may use to find or fetch files.

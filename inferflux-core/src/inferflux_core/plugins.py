@@ -136,9 +136,7 @@ def _register(
     except (pluggy.PluginValidationError, ValueError) as error:
         raise PluginError(f"plugin {name!r} of {distribution} does not fit the hooks: {error}") from error
     for kind, hook in KINDS.items():
-        caller = manager.subset_hook_caller(
-            hook, [other for other in manager.get_plugins() if other is not plugin]
-        )
+        caller = manager.subset_hook_caller(hook, [other for other in manager.get_plugins() if other is not plugin])
         origin = f"hook {hook} of plugin {name!r} ({distribution})"
         try:
             # A hook may be a generator: its body runs only here.

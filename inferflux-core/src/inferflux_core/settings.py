@@ -72,9 +72,7 @@ class EngineSettings(Group):
     max_model_len: int | None = Field(
         None, ge=16, description="Most tokens of a sequence, prompt and output; by default what model and memory allow."
     )
-    enable_prefix_caching: bool = Field(
-        True, description="Reuse the KV cache of equal prompt beginnings within one tenant."
-    )
+    enable_prefix_caching: bool = Field(True, description="Reuse the KV cache of equal prompt beginnings within one tenant.")
     itl_target_ms: float | None = Field(
         250.0,
         gt=0,
@@ -130,9 +128,7 @@ class Settings(Group):
     """All of InferFlux. With no file at all it serves the demo model on 127.0.0.1:8080."""
 
     server: ServerSettings = Field(default_factory=ServerSettings)
-    models: tuple[ModelSettings, ...] = Field(
-        (ModelSettings(source="demo"),), min_length=1, description="The models to serve."
-    )
+    models: tuple[ModelSettings, ...] = Field((ModelSettings(source="demo"),), min_length=1, description="The models to serve.")
     model_roots: tuple[Path, ...] | None = Field(
         None, description="Folders that model paths must lie in, links resolved; null allows any path named in this file."
     )

@@ -479,6 +479,36 @@ def test_room_made_for_a_row_that_is_dropped_is_still_cleared(steps: int) -> Non
         engine.run()
 
 
+@pytest.mark.parametrize(
+    ("pool", "budget", "steps", "retained", "decodes", "newest", "long"),
+    [
+        (60, 16, 1, (2, 4, 7), [(4, 23), (3, 28), (4, 23), (5, 25)], 2, 35),
+        (80, 24, 2, (6, 2, 4), [(6, 20), (3, 26), (3, 18), (4, 29)], 3, 50),
+    ],
+)
+def test_room_made_for_a_dropped_row_is_cleared_even_when_its_taker_gives_up(
+    pool: int,
+    budget: int,
+    steps: int,
+    retained: tuple[int, ...],
+    decodes: list[tuple[int, int]],
+    newest: int,
+    long: int,
+) -> None:
+    """As above, but the prefill has to make room itself in the end: one of the rows that stay does the clearing."""
+    settings = FakeSettings(layout="sequence", block_size=4, pool_tokens=pool, num_streams=10)
+    engine = Engine(scheduler="priority", settings=settings, max_num_seqs=8, max_num_batched_tokens=budget)
+    engine.generate(*(ask(length, 30 + i, max_tokens=1) for i, length in enumerate(retained)))
+    engine.scheduler._mean_output = 1.0  # answers were short so far: admission keeps hardly any reserve
+    engine.add(*(ask(length, 3 + i, max_tokens=tokens) for i, (length, tokens) in enumerate(decodes)))
+    engine.add(ask(newest, 20, max_tokens=25, priority=2))
+    for _ in range(steps):
+        engine.step()
+    engine.add(ask(long, 0, max_tokens=2, priority=1))
+    engine.run()
+    assert engine.core.stats().num_preemptions >= 2
+
+
 def test_plans_of_a_shared_pool_never_clear_what_they_use() -> None:
     settings = FakeSettings(layout="sequence", block_size=4, pool_tokens=120, num_streams=6)
     engine = Engine(settings=settings, max_num_seqs=4, max_num_batched_tokens=32)

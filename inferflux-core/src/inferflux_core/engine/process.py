@@ -211,11 +211,8 @@ class ProcessEngineClient(EngineClient):
 
     def _read(self) -> None:
         """Drain the socket: its file descriptor becomes readable once for any number of messages."""
-        while self._inbox is not None:
-            try:
-                message = decode_to_server(self._inbox.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return
+        while self._inbox is not None and self._inbox.getsockopt(zmq.EVENTS):
+            message = decode_to_server(self._inbox.recv())
             self._last_sign = time.monotonic()
             self._on_message(message)
 

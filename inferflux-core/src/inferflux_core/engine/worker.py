@@ -113,14 +113,10 @@ class Worker:
     def _receive(self, block: bool) -> list[EngineOutput]:
         """Take in every message that is there; wait for the first one only when there is nothing to compute."""
         outputs: list[EngineOutput] = []
-        flags = 0 if block else zmq.NOBLOCK
-        while self._running:
-            try:
-                message = decode_to_engine(self._inbox.recv(flags))
-            except zmq.Again:
-                break
-            outputs += self._handle(message)
-            flags = zmq.NOBLOCK
+        # Asked before every read, since a zmq.Again costs more than the question: this runs between any two steps.
+        while self._running and (block or self._inbox.getsockopt(zmq.EVENTS)):
+            outputs += self._handle(decode_to_engine(self._inbox.recv()))
+            block = False
         return outputs
 
     def _handle(self, message: ToEngine) -> list[EngineOutput]:

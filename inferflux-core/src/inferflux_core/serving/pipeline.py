@@ -76,9 +76,7 @@ class _Choice:
         return Delta(self.index, text, tokens, self.finish_reason)
 
     def _entry(self, token: int, logprobs: TokenLogprobs) -> TokenEntry:
-        return TokenEntry(
-            self._text(token, logprobs.logprob), [self._text(other, logprob) for other, logprob in logprobs.top]
-        )
+        return TokenEntry(self._text(token, logprobs.logprob), [self._text(other, logprob) for other, logprob in logprobs.top])
 
     def _text(self, token: int, logprob: float) -> TokenText:
         data = self.tokenizer.token_bytes(token, special=True)

@@ -116,9 +116,7 @@ class Server:
 
         state, metrics = ServerState(), Metrics()
         pipeline = Pipeline(self._models, metrics, state)
-        services = Services(
-            pipeline=pipeline, models=self._models, settings=self._settings, metrics=metrics, state=state
-        )
+        services = Services(pipeline=pipeline, models=self._models, settings=self._settings, metrics=metrics, state=state)
         metrics.observe_models(self._models.list)
         server = _Uvicorn(self._uvicorn_config(create_app(services)))
         http = asyncio.create_task(server.serve([self._listener]))
