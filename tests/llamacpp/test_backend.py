@@ -143,7 +143,7 @@ def test_a_split_model(tmp_path: Path) -> None:
 
 def test_too_many_streams() -> None:
     config = EngineConfig(max_num_seqs=200, max_num_batched_tokens=512, max_model_len=256)
-    with pytest.raises(ModelFileError, match="llama.cpp allows 256"):
+    with pytest.raises(ModelFileError, match=r"llama\.cpp allows 256"):
         LlamaCppBackend(LlamaCppSettings(retained_streams=100)).runner(FILES, config)
 
 

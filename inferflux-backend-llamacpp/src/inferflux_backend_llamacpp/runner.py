@@ -33,6 +33,7 @@ from inferflux_core.interfaces import (
 MAX_STREAMS = 256  # LLAMA_MAX_SEQ
 _CELL_PADDING = 256  # llama.cpp rounds each stream's cells up to this
 _LEAST_MODEL_LEN = 2048
+_ATTENTION_TILE = 64  # ggml's tiled attention on CPUs needs so many queries (GGML_FA_TILE_Q); fewer go row by row
 # Measured on two cores: a copy between streams moves 5 GB/s, in which time a small model prefills about 500 tokens a second.
 _COPY_BYTES_PER_TOKEN = 10e6
 
@@ -79,7 +80,11 @@ class LlamaCppRunner(ModelRunner):
             can_trim=self._can_trim(),
             min_copy_tokens=self._min_copy_tokens(header),
         )
-        self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        self.caps = Capabilities(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_tile=_ATTENTION_TILE,
+        )
         self._sampler = Sampler(vocab_size, self.model_info.eos_token_ids)
 
     # --- loading ------------------------------------------------------------------------------------------------------

@@ -189,19 +189,19 @@ class Capabilities:
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.
         depth: steps in flight; 1 waits for each step.
+        prefill_tile: a prefill chunk of fewer tokens runs on slower kernels, the more so the deeper it is in its context.
         max_draft: most draft tokens of one row; 0 means no speculation.
         grammar: whether `sample` applies a mask.
         logprobs: whether log-probabilities can be reported.
-        contiguous_slots: gaps between the slots (streams) of a step cost extra passes over the weights.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     depth: int = 1
+    prefill_tile: int = 1
     max_draft: int = 0
     grammar: bool = False
     logprobs: bool = True
-    contiguous_slots: bool = False
 
 
 @dataclass(slots=True)
@@ -258,7 +258,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
-    itl_target_ms: float | None = 250.0
+    itl_target_ms: float | None = 500.0
 
 
 class Backend(ABC):

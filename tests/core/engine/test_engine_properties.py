@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +32,7 @@ class Case:
     scheduler: str
     requests: Sequence[EngineRequest]
     arrivals: Sequence[int]
+    prefill_tile: int
     aborts: dict[str, int] = field(default_factory=dict)
 
 
@@ -99,6 +100,7 @@ def cases(draw: st.DrawFn, aborting: bool) -> Case:
         scheduler=draw(st.sampled_from(["fcfs", "priority", "fair"])),
         requests=requests,
         arrivals=sorted(draw(st.lists(moments, min_size=count, max_size=count))),
+        prefill_tile=draw(st.sampled_from([1, 1, 6])),
         aborts={r.request_id: draw(moments) for r in requests if aborting and draw(st.booleans())},
     )
 
@@ -120,9 +122,15 @@ def alone(request: EngineRequest) -> Answer:
     return _alone(tuple(request.prompt_token_ids), msgspec.msgpack.encode(request.params))
 
 
+def driver_for(case: Case) -> EngineDriver:
+    runner = FakeRunner(case.backend, case.config)
+    runner.caps = replace(runner.caps, prefill_tile=case.prefill_tile)
+    return EngineDriver(runner, case.config, case.scheduler, REGISTRY)
+
+
 def run(case: Case) -> EngineDriver:
     """Steps with the books checked after each; an engine that makes no progress fails."""
-    driver = EngineDriver(FakeRunner(case.backend, case.config), case.config, case.scheduler, REGISTRY)
+    driver = driver_for(case)
     # Every step computes a token at least, and a preemption costs a sequence at most what it has.
     limit = 50 + 3 * sum(len(r.prompt_token_ids) + r.params.max_tokens for r in case.requests)
     started: list[str] = []
@@ -178,7 +186,7 @@ def test_an_abort_cuts_one_answer_short_and_touches_no_other(case: Case) -> None
 @given(cases(aborting=False), st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_preempting_anyone_at_any_moment_changes_no_answer(case: Case, data: st.DataObject) -> None:
-    driver = EngineDriver(FakeRunner(case.backend, case.config), case.config, case.scheduler, REGISTRY)
+    driver = driver_for(case)
     driver.add(*case.requests)
     scheduler: Any = driver.core.scheduler
     for _ in range(data.draw(st.integers(1, 12))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,7 @@ def test_chunks_follow_a_machine_that_becomes_slower() -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 def test_a_time_that_is_no_number_does_no_harm(broken: float) -> None:
-    engine = Engine(max_num_batched_tokens=512, itl_target_ms=60.0, cost=lambda p, d: broken if p > 200 else _cost(p, d))
+    engine = Engine(max_num_batched_tokens=512, itl_target_ms=60.0, cost=lambda p, d: broken if p > 100 else _cost(p, d))
     assert len(_chunks_beside_a_decode(engine)) > 12
 
 
@@ -365,6 +366,24 @@ def test_a_short_common_beginning_is_not_worth_waiting_for() -> None:
     engine = Engine(max_num_batched_tokens=256)
     engine.add(*(make_request([*prompt(31), 97 + i], max_tokens=4) for i in range(2)))
     assert len(engine.plan()) == 2
+
+
+def test_a_deep_prefix_is_cut_so_that_a_whole_tile_is_computed() -> None:
+    """Where a chunk smaller than a tile runs on slower kernels, computing a few known tokens again takes less time."""
+    shared = prompt(100)
+    for tail, start in ((1, 100), (2, 93), (8, 99), (9, 100)):  # a tile of 8, and the token that goes with the decodes
+        engine = Engine(settings=FakeSettings(layout="sequence"), max_num_batched_tokens=256)
+        engine.scheduler.context = replace(
+            engine.scheduler.context, caps=replace(engine.scheduler.context.caps, prefill_tile=8)
+        )
+        engine.generate(make_request(shared, max_tokens=1))
+        request = make_request(shared + prompt(tail, 5), max_tokens=4)
+        alone = Engine().generate(request)[0]
+        engine.add(request)
+        engine.step()
+        assert engine.runner.plans[-1].rows[0].start == start
+        engine.run()
+        assert engine.answers[request.request_id].token_ids == alone.token_ids
 
 
 # --- making room ------------------------------------------------------------------------------------------------------

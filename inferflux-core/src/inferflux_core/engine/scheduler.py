@@ -10,7 +10,7 @@ import heapq
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from inferflux_core.engine.cost_model import StepCostModel
 from inferflux_core.engine.kv.manager import KVCacheManager, PrefixMatch
@@ -31,6 +31,8 @@ from inferflux_core.interfaces import Capabilities, EngineConfig, Scheduler
 
 # No chunk is cut below this, and no remainder is left below it: every chunk costs a pass over the weights.
 _MIN_CHUNK = 32
+# Context, in prefill tiles, from which on a chunk smaller than a tile is slower than a whole one.
+_DEEP_TILES = 4
 # Waiting requests that may be passed over in one step because a running one is computing what they need.
 _HOLD_WINDOW = 16
 
@@ -79,7 +81,9 @@ class TokenBudgetScheduler(Scheduler):
         self.running: dict[str, Request] = {}
         self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
         self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
-        self._min_chunk = min(_MIN_CHUNK, max(1, self._max_tokens // 4))
+        # One token more than a tile, since backends that run equal numbers of tokens of all sequences in one pass put the
+        # first token of a chunk into the pass of the decodes.
+        self._min_chunk = min(max(_MIN_CHUNK, context.caps.prefill_tile + 1), max(1, self._max_tokens // 4))
         self._slots = list(range(self._max_num_seqs))
         self._freed_slots: list[int] = []
         self._scheduled: list[Request] = []
@@ -208,14 +212,15 @@ class TokenBudgetScheduler(Scheduler):
         if not plan.rows or target is None:
             return room
         kv_tokens = sum(row.start for row in plan.rows)
-        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(self._min_chunk, room), room)
+        depth = max((r.num_computed_tokens for r in self.running.values() if r.num_pending > 1), default=0)
+        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(self._min_chunk, room), room, depth)
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Start waiting requests while there are slots, budget and room."""
         passed_over: list[Request] = []
         while budget > 0 and self.waiting and self._slots and len(passed_over) < _HOLD_WINDOW:
             request = self.pop_waiting()
-            match = self.kv.get_computed_blocks(request)
+            match = self._aligned(request, self.kv.get_computed_blocks(request))
             if self._is_being_computed(request, match.num_tokens):
                 passed_over.append(request)
                 continue
@@ -230,6 +235,17 @@ class TokenBudgetScheduler(Scheduler):
         for request in reversed(passed_over):
             self.waiting[request.request_id] = request
             self.waiting.move_to_end(request.request_id, last=False)
+
+    def _aligned(self, request: Request, match: PrefixMatch) -> PrefixMatch:
+        """A shorter match, when computing a whole tile takes less time than a smaller chunk deep in the context.
+
+        Measured with llama.cpp on a CPU, 1,000 tokens deep: 63 tokens take 806 ms, 64 take 239 ms.
+        """
+        tile = self.context.caps.prefill_tile
+        pending = len(request.tokens) - match.num_tokens
+        if tile > 1 and tile // 3 <= pending <= tile and match.num_tokens > _DEEP_TILES * tile and self.kv.can_trim:
+            return replace(match, num_tokens=len(request.tokens) - tile - 1)
+        return match
 
     def _is_being_computed(self, request: Request, num_cached: int) -> bool:
         """Whether a running request is about to compute the next blocks of this one: then waiting and copying is cheaper."""
@@ -308,9 +324,14 @@ class TokenBudgetScheduler(Scheduler):
         return outputs
 
     def _observe(self, plan: SchedulerOutput, milliseconds: float) -> None:
-        num_decode = sum(row.n == 1 for row in plan.rows)
-        kv_tokens = sum(row.start for row in plan.rows)
-        self.context.cost_model.observe(plan.num_tokens - num_decode, num_decode, kv_tokens, milliseconds)
+        num_decode = kv_tokens = prefill_attention = 0
+        for row in plan.rows:
+            if row.n == 1:
+                num_decode += 1
+                kv_tokens += row.start
+            else:
+                prefill_attention += row.n * row.start
+        self.context.cost_model.observe(plan.num_tokens - num_decode, num_decode, kv_tokens, milliseconds, prefill_attention)
         self._count.step_tokens += plan.num_tokens
         self._count.model_seconds += milliseconds / 1e3
 

@@ -42,6 +42,7 @@ class KVCacheManager(ABC):
     """
 
     block_size: int
+    can_trim: bool = True
     min_shared_tokens: int | None
 
     @abstractmethod

@@ -49,6 +49,7 @@ class SequenceKVCacheManager(KVCacheManager):
 
     def __init__(self, spec: KVCacheSpec, enable_prefix_caching: bool) -> None:
         self.block_size = spec.block_size
+        self.can_trim = spec.can_trim
         self._spec = spec
         self._caching = enable_prefix_caching
         self._streams = [Stream(i) for i in range(spec.num_streams)]
