@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := inferflux-core inferflux-backend-llamacpp
+PACKAGES := inferflux-core inferflux-backend-llamacpp inferflux-backend-torch
 INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard inferflux-backend-torch/setup.py inferflux-backend-torch/src/*/native/*.c)
 SOURCES := $(PACKAGES:%=%/src) tests tools examples
 
 .PHONY: help run test lint format typecheck bench docs clean
@@ -39,10 +40,10 @@ docs: $(INSTALLED)  ## Write the generated reference pages
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(INSTALLED): constraints-dev.txt requirements-dev.txt $(PACKAGES:%=%/pyproject.toml)
+$(INSTALLED): constraints-dev.txt requirements-dev.txt $(PACKAGES:%=%/pyproject.toml) $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing. The first time llama-cpp-python compiles for about five minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -r requirements-dev.txt \
-		-e './inferflux-core[demo]' -e ./inferflux-backend-llamacpp
+		-e './inferflux-core[demo]' -e ./inferflux-backend-llamacpp -e './inferflux-backend-torch[transformers]'
 	@touch $@

@@ -1,0 +1,59 @@
+"""The demo model's safetensors twin: the same weights for both backends, made once from the demo's GGUF by transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+
+from inferflux_core.errors import ModelFileError
+from inferflux_core.interfaces import ModelFiles, SourceContext
+from inferflux_core.models.sources import DemoSource, PathSource
+
+
+def demo_twin() -> Path:
+    """Folder of SmolLM2-135M-Instruct in bf16, cached outside the tree. Skips the caller where it cannot be made."""
+    for module in ("torch", "transformers", "gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed, which makes the demo's safetensors twin", allow_module_level=True)
+    try:
+        gguf = DemoSource().resolve("demo", SourceContext())
+    except ModelFileError as error:
+        pytest.skip(str(error), allow_module_level=True)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "inferflux-tests"
+    folder = cache / f"smollm2-135m-instruct-{gguf.revision or 'unknown'}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=cache))
+        try:
+            _convert(Path(gguf.paths[0]), making)
+            os.rename(making, folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def twin_files() -> ModelFiles:
+    """The twin as the path source finds it."""
+    return PathSource().resolve(str(demo_twin()), SourceContext())
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers, about its own internals
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
