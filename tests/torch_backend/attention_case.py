@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from inferflux_backend_torch.inputs import KVCache, StepInputs
 from inferflux_backend_torch.ops import AttentionLayer, TorchOps
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from inferflux_backend_torch.checkpoint import Checkpoint, read_json
 from inferflux_backend_torch.config import DecoderConfig
 from inferflux_backend_torch.families import decoder_config
@@ -16,8 +18,6 @@ from inferflux_backend_torch.loader import load_decoder
 from inferflux_backend_torch.model import Comm, Decoder
 from inferflux_backend_torch.ops import TorchOps
 from inferflux_backend_torch.shard import Shard
-from torch import Tensor
-
 from inferflux_core.interfaces import SourceContext
 from inferflux_core.models.sources import PathSource
 
@@ -83,12 +83,25 @@ class ReferenceRunner:
             by sequence, logits of its last token [V], or of all tokens of this step [n, V].
         """
         order = sorted(work, key=lambda name: len(work[name]))
-        inputs = self._inputs({name: work[name] for name in order}, all_tokens)
+        inputs = self._inputs({name: work[name] for name in order})
+        if all_tokens:
+            inputs.logits_indices = torch.arange(len(inputs.token_ids))
         with torch.inference_mode():
             logits = self._decoder.logits(self._decoder.forward(inputs, self._cache))
         if not all_tokens:
             return dict(zip(order, logits, strict=True))
         return dict(zip(order, logits.split([len(work[name]) for name in order]), strict=True))  # type: ignore[no-untyped-call]  # torch's
+
+    def fill(self, work: Mapping[str, Sequence[int]]) -> Tensor:
+        """Run tokens that no logits are wanted of.
+
+        Returns:
+            the hidden states of none of them.
+        """
+        inputs = self._inputs(work)
+        inputs.logits_indices = inputs.logits_indices[:0]
+        with torch.inference_mode():
+            return self._decoder.forward(inputs, self._cache)
 
     def generate(self, prompts: Mapping[str, Sequence[int]], count: int) -> dict[str, list[int]]:
         """Greedy continuations, all sequences batched, after one step for the prompts."""
@@ -100,7 +113,8 @@ class ReferenceRunner:
             work = {name: tokens[-1:] for name, tokens in outputs.items()}
         return outputs
 
-    def _inputs(self, work: Mapping[str, Sequence[int]], all_tokens: bool) -> StepInputs:
+    def _inputs(self, work: Mapping[str, Sequence[int]]) -> StepInputs:
+        """Of a step that wants the logits of each sequence's last token."""
         size = self._cache.block_size
         tokens: list[int] = []
         positions: list[int] = []
@@ -129,7 +143,7 @@ class ReferenceRunner:
             query_start=torch.tensor(starts, dtype=torch.int32),
             seq_lens=torch.tensor(lengths, dtype=torch.int32),
             block_table=table,
-            logits_indices=torch.arange(len(tokens)) if all_tokens else torch.tensor(last),
+            logits_indices=torch.tensor(last),
             num_decodes=sum(len(new) == 1 for new in work.values()),
             max_query_len=max(map(len, work.values())),
             max_seq_len=max(lengths),

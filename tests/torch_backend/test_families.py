@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="transformers is the reference")
 
 import torch
-from torch_backend.reference_step import ReferenceRunner, load, read_config
+
+from torch_backend.reference_step import ReferenceRunner, load
 from torch_backend.tiny_models import RECIPES, VOCAB, TinyModel, tiny_model
 from torch_backend.twin import demo_twin
 
@@ -70,3 +70,14 @@ def test_chunks_of_a_prompt_mixed_with_decodes_equal_the_whole(tiny: TinyModel) 
     mixed = runner.step({"other": other[7:9], "long": long[17:]})
     for name, tokens in (("long", long), ("other", other)):
         assert difference(mixed[name], reference_logits(tiny.reference, tokens)[-1]) < 1e-4
+
+
+def test_the_demo_model_generates_what_it_does_in_transformers() -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = demo_twin()
+    prompts = {"france": [504, 3575, 282, 4649, 314], "code": [1604, 26843, 24, 96, 731]}
+    ours = ReferenceRunner(load(folder)).generate(prompts, 64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # which would end the comparison early
+    assert ours == {name: reference_generate(model, tokens, 64) for name, tokens in prompts.items()}

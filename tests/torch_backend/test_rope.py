@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="transformers is the reference")
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, StableLmConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
@@ -212,7 +212,10 @@ def test_smollm3_rotates_nothing_in_the_layers_that_say_so() -> None:
         ({"rope_parameters": {**SETTINGS["longrope"], "short_factor": [1.0]}}, "'short_factor'"),
         ({"rope_parameters": {**SETTINGS["longrope"], "long_factor": [0.0] * 10}}, "'long_factor'"),
         ({"rope_parameters": {**SETTINGS["llama3"], "high_freq_factor": 0.5}}, "'high_freq_factor'"),
-        ({"rope_parameters": {**SETTINGS["yarn"], "original_max_position_embeddings": 0}}, "'original_max_position_embeddings'"),
+        (
+            {"rope_parameters": {**SETTINGS["yarn"], "original_max_position_embeddings": 0}},
+            "'original_max_position_embeddings'",
+        ),
         ({"rope_parameters": {**SETTINGS["yarn"], "rope_theta": 0.5}}, "'rope_theta'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention'"),
     ],
@@ -238,6 +241,7 @@ VALUES = st.one_of(NUMBERS, st.lists(NUMBERS, max_size=11))
 KEYS = sorted({key for settings in SETTINGS.values() for key in settings} | {"rope_theta", "partial_rotary_factor", "type"})
 
 
+@settings(deadline=None)
 @given(name=st.sampled_from(sorted(SETTINGS)), changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
 def test_any_settings_are_refused_by_name_or_give_a_finite_table(name: str, changes: dict[str, Any]) -> None:
     try:

@@ -13,14 +13,14 @@ pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="transformers builds the models")
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_backend.reference_step import ReferenceRunner, load, read_config
-from torch_backend.tiny_models import RECIPES, VOCAB, TinyModel, tiny_model
 
 from inferflux_backend_torch.shard import Shard
 from inferflux_core.errors import ModelFileError
+from torch_backend.reference_step import ReferenceRunner, load, read_config
+from torch_backend.tiny_models import RECIPES, VOCAB, TinyModel, tiny_model
 
 pytestmark = [
     # transformers deprecates parts of itself and of torch at its own pace; its warnings say nothing about this code
@@ -81,7 +81,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 # Nine query heads and three KV heads, so two ranks get unequal parts and nine ranks hold each KV head three times.
-SIZES: dict[str, Sequence[int]] = {name: (2,) for name in RECIPES} | {"gemma": (3,), "olmo2": (2, 9), "llama-bias": (4,)}
+SIZES: dict[str, Sequence[int]] = dict.fromkeys(RECIPES, (2,)) | {"gemma": (3,), "olmo2": (2, 9), "llama-bias": (4,)}
 
 
 @pytest.mark.parametrize(("tiny", "size"), [(n, size) for n in RECIPES for size in SIZES[n]], indirect=["tiny"])
@@ -104,7 +104,9 @@ def test_ranks_hold_whole_kv_heads_with_their_query_heads(tiny: TinyModel) -> No
 def test_a_number_of_ranks_that_cuts_heads_apart_is_refused_with_those_that_do_not(
     tiny: TinyModel, size: int, fitting: str
 ) -> None:
-    with pytest.raises(ModelFileError, match=re.escape(f"{size} processes; set `tensor_parallel_size` to one of {fitting}") + "$"):
+    with pytest.raises(
+        ModelFileError, match=re.escape(f"{size} processes; set `tensor_parallel_size` to one of {fitting}") + "$"
+    ):
         load(tiny.folder, shard=Shard(0, size), comm=ThreadComm(Board(1), 0))
 
 
@@ -114,6 +116,7 @@ def test_more_ranks_than_heads_are_refused(tiny: TinyModel) -> None:
         Shard(0, 18).check(read_config(tiny.folder))
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 10_000), size=st.integers(1, 64))
 def test_cuts_cover_everything_once_and_differ_by_one_at_most(total: int, size: int) -> None:
     cuts = [Shard(rank, size).cut(total) for rank in range(size)]
@@ -122,6 +125,7 @@ def test_cuts_cover_everything_once_and_differ_by_one_at_most(total: int, size: 
     assert max(sizes) - min(sizes) <= 1
 
 
+@settings(deadline=None)
 @given(vocab_size=st.integers(1, 10_000), size=st.integers(1, 64))
 def test_ranks_hold_equally_many_rows_of_the_vocabulary(vocab_size: int, size: int) -> None:
     cuts = [Shard(rank, size).vocabulary(vocab_size) for rank in range(size)]

@@ -68,6 +68,24 @@ def made(tmp_path: Path, change: Callable[[Document], object] = bool, kind: str 
     return HFTokenizer(write_folder(tmp_path / "model", content, **files))
 
 
+def put(*path: str | int, value: object) -> Callable[[Document], None]:
+    def change(content: Any) -> None:
+        for step in path[:-1]:
+            content = content[step]
+        content[path[-1]] = value
+
+    return change
+
+
+def rename(pairs: Mapping[str, str]) -> Callable[[Document], None]:
+    def change(content: Document) -> None:
+        for token in content["added_tokens"]:
+            token["content"] = pairs.get(token["content"], token["content"])
+        content["post_processor"] = None
+
+    return change
+
+
 def transformers_ids(folder: Path) -> Callable[[str], list[int]]:
     transformers = pytest.importorskip("transformers", reason="it is what the ids are compared with")
     with warnings.catch_warnings():
@@ -259,7 +277,8 @@ def test_a_token_that_only_its_name_makes_special_is_control(tmp_path: Path) -> 
         assert tokenizer.special_tokens == {"<unk>", "<s>", "</s>"}
         assert tokenizer.encode("</s>", add_special=False, parse_special=True) == [2]
         assert 2 not in tokenizer.encode("</s>", add_special=False, parse_special=False)
-    tokenizer = made(tmp_path / "extra", unlist, "none", special_tokens_map={"additional_special_tokens": ["</s>", "the"]})
+    tokenizer = made(tmp_path / "extra", unlist, "none", special_tokens_map={"additional_special_tokens": ["</s>", "end"]})
+    assert tokenizer.token_bytes(tokenizer.encode("end", add_special=False, parse_special=False)[0]) == b"end"
     assert tokenizer.special_tokens == {"<unk>", "<s>", "</s>"}  # ordinary words stay words
 
 
@@ -311,6 +330,20 @@ def test_every_byte_has_its_token(tmp_path: Path) -> None:
         tokenizer = made(tmp_path / kind, kind=kind)
         single = {tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)}
         assert single.issuperset(bytes([byte]) for byte in range(256))
+
+
+def test_added_tokens_are_spelt_out(tmp_path: Path) -> None:
+    tokenizer = made(tmp_path, rename({"<tool_call>": "<été>"}))
+    assert tokenizer.encode("<été>", add_special=False, parse_special=False) == [383]
+    assert tokenizer.token_bytes(383) == "<été>".encode()  # though each of its letters stands for a byte in this vocabulary
+
+
+def test_what_the_vocabulary_cannot_spell_is_its_unknown_token(tmp_path: Path) -> None:
+    tokenizer = made(tmp_path, put("model", "byte_fallback", value=False), "none")
+    for parse in (False, True):
+        ids = tokenizer.encode("the 漢字 end", add_special=False, parse_special=parse)
+        assert ids.count(0) == 1  # both characters fused
+        assert tokenizer.decode(ids) == "the  end"
 
 
 @pytest.mark.parametrize(
@@ -374,15 +407,6 @@ def test_tokens_that_end_a_sequence(tmp_path: Path, files: Mapping[str, Any], ex
     assert made(tmp_path, **files).eos_token_ids == expected
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert eos_token_ids(tmp_path / "model", config) == expected
-
-
-def rename(pairs: Mapping[str, str]) -> Callable[[Document], None]:
-    def change(content: Document) -> None:
-        for token in content["added_tokens"]:
-            token["content"] = pairs.get(token["content"], token["content"])
-        content["post_processor"] = None
-
-    return change
 
 
 def test_where_calls_end_a_turn_the_end_of_a_message_does_not(tmp_path: Path) -> None:
@@ -467,15 +491,6 @@ def test_added_tokens_without_an_embedding_are_text(tmp_path: Path) -> None:
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def put(*path: str | int, value: object) -> Callable[[Document], None]:
-    def change(content: Any) -> None:
-        for step in path[:-1]:
-            content = content[step]
-        content[path[-1]] = value
-
-    return change
 
 
 CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}

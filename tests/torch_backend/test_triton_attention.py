@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_backend.attention_case import AttentionCase, AttentionStep, attention_error, build
-from torch_backend.triton_interpreter import isolate, triton_attention, triton_ops
 
 from inferflux_backend_torch.ops import TorchOps
+from torch_backend.attention_case import AttentionCase, AttentionStep, attention_error, build
+from torch_backend.triton_interpreter import isolate, triton_attention, triton_ops
 
 _TILE = triton_attention.Tile(block_m=16, keys=16, num_warps=4, num_stages=2)
 
@@ -166,9 +166,7 @@ def test_great_scores_stay_finite() -> None:
         (16, 8192, False, 32),
     ],
 )
-def test_segments_follow_programs_and_the_longest_context(
-    programs: int, max_seq_len: int, decode: bool, expected: int
-) -> None:
+def test_segments_follow_programs_and_the_longest_context(programs: int, max_seq_len: int, decode: bool, expected: int) -> None:
     assert triton_attention.choose_segments(programs, max_seq_len, 132, decode) == expected
 
 

@@ -1,4 +1,4 @@
-"""Norms, gated activation, rotation with the cache write, and the step buffer by Triton, interpreted."""
+"""Norms, gated activation and rotation with the cache write by Triton, interpreted, against TorchOps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_backend.attention_case import AttentionCase, build
-from torch_backend.triton_interpreter import isolate, triton_kernels, triton_ops, triton_prepare
 
-from inferflux_backend_torch.inputs import StepInputs
 from inferflux_backend_torch.ops import Activation, TorchOps
+from torch_backend.attention_case import AttentionCase, build
+from torch_backend.triton_interpreter import isolate, triton_kernels, triton_ops
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -60,9 +59,7 @@ def test_act_mul(activation: Activation, tokens: int, intermediate: int, dtype: 
     generator = torch.Generator().manual_seed(intermediate)
     gate_up = (4 * torch.randn(tokens, 2 * intermediate, generator=generator)).to(dtype)
     out = _ops().act_mul(gate_up, activation)
-    torch.testing.assert_close(
-        out, TorchOps().act_mul(gate_up, activation), rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]
-    )
+    torch.testing.assert_close(out, TorchOps().act_mul(gate_up, activation), rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype])
 
 
 def test_activations_saturate() -> None:
@@ -113,110 +110,6 @@ def test_fp8_cache_is_rounded_and_saturates() -> None:
     written = step.cache.data[1].flatten(1, 2)[:, step.inputs.slot_mapping].float()
     assert torch.equal(written[:, 0], torch.full_like(written[:, 0], triton_kernels.FP8_MAX))
     assert torch.equal(written[:, 1], torch.full_like(written[:, 1], -triton_kernels.FP8_MAX))
-
-
-def _empty_inputs(tokens: int, seqs: int, width: int) -> StepInputs:
-    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.full(shape, -7, dtype=dtype)
-
-    return StepInputs(
-        token_ids=empty(tokens),
-        positions=empty(tokens),
-        slot_mapping=empty(tokens),
-        query_start=empty(seqs + 1, dtype=torch.int32),
-        seq_lens=empty(seqs, dtype=torch.int32),
-        block_table=empty(seqs, width, dtype=torch.int32),
-        logits_indices=empty(seqs),
-        num_decodes=0,
-        max_query_len=0,
-        max_seq_len=0,
-        host_query_start=[],
-        host_seq_lens=[],
-    )
-
-
-def test_prepare_over_several_steps() -> None:
-    """Two prefills, a step that decodes both from the device's tokens, and a mixture in other slots' order."""
-    size, width = 16, 20
-    tables = torch.zeros(4, width, dtype=torch.int32)
-    last_token = torch.tensor([100, 101, 102, 103])
-    row = triton_prepare.StepRow
-
-    def prepare(rows: list[triton_prepare.StepRow], tokens: int) -> StepInputs:
-        into = _empty_inputs(tokens + 1, len(rows) + 1, width)
-        triton_prepare.prepare(triton_prepare.PackedStep.pack(rows), tables, last_token, size, into)
-        # What lies behind the step is left alone.
-        assert into.token_ids[-1] == into.positions[-1] == into.slot_mapping[-1] == into.seq_lens[-1] == -7
-        return into
-
-    long = list(range(1000, 1300))  # more than one turn of the kernel's loop
-    blocks = list(range(30, 49))
-    got = prepare(
-        [
-            row(slot=2, start=0, tokens=[5], num_blocks=0, new_blocks=[9]),
-            row(slot=1, start=0, tokens=long, num_blocks=0, new_blocks=blocks),
-        ],
-        301,
-    )
-    assert got.token_ids[:301].tolist() == [5, *long]
-    assert got.positions[:301].tolist() == [0, *range(300)]
-    assert got.slot_mapping[:301].tolist() == [9 * 16, *(blocks[p // 16] * 16 + p % 16 for p in range(300))]
-    assert got.query_start[:3].tolist() == [0, 1, 301]
-    assert got.seq_lens[:2].tolist() == [1, 300]
-    assert got.block_table[:2].tolist() == [[9, *[0] * 19], [*blocks, 0]]
-
-    got = prepare(
-        [row(slot=1, start=300, tokens=None, num_blocks=19), row(slot=2, start=1, tokens=None, num_blocks=1)], 2
-    )
-    assert got.token_ids[:2].tolist() == [101, 102]
-    assert got.positions[:2].tolist() == [300, 1]
-    assert got.slot_mapping[:2].tolist() == [48 * 16 + 12, 9 * 16 + 1]
-    assert got.seq_lens[:2].tolist() == [301, 2]
-
-    got = prepare(
-        [
-            row(slot=2, start=2, tokens=None, num_blocks=1),
-            row(slot=3, start=16, tokens=[7, 8, 9], num_blocks=0, new_blocks=[3, 4]),  # its first block came from a cache
-        ],
-        4,
-    )
-    assert got.token_ids[:4].tolist() == [102, 7, 8, 9]
-    assert got.positions[:4].tolist() == [2, 16, 17, 18]
-    assert got.slot_mapping[:4].tolist() == [9 * 16 + 2, 64, 65, 66]
-    assert got.block_table[:2].tolist() == [[9, *[0] * 19], [3, 4, *[0] * 18]]
-    assert tables[3].tolist() == [3, 4, *[0] * 18]
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(sequences=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_prepare_gives_what_the_host_would(sequences: list[tuple[int, int]], seed: int) -> None:
-    step = build(AttentionCase(sequences=tuple(sequences), block_size=8, seed=seed))
-    expected, width = step.inputs, step.inputs.block_table.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    slots = torch.randperm(8, generator=generator)[: len(sequences)].tolist()
-    tables = torch.zeros(8, width, dtype=torch.int32)
-    tokens = torch.randint(1000, (expected.positions.numel(),), generator=generator)
-    rows = []
-    for i, (computed, n) in enumerate(sequences):
-        before, after = -(-computed // 8), -(-(computed + n) // 8)
-        tables[slots[i], :before] = expected.block_table[i, :before]
-        rows.append(
-            triton_prepare.StepRow(
-                slot=slots[i],
-                start=computed,
-                tokens=tokens[expected.host_query_start[i] : expected.host_query_start[i + 1]].tolist(),
-                num_blocks=before,
-                new_blocks=expected.block_table[i, before:after].tolist(),
-            )
-        )
-    got = _empty_inputs(len(tokens), len(sequences), width)
-    last_token = torch.zeros(8, dtype=torch.int64)
-    triton_prepare.prepare(triton_prepare.PackedStep.pack(rows), tables, last_token, 8, got)
-    assert torch.equal(got.token_ids, tokens)
-    for name in ("positions", "slot_mapping", "query_start", "seq_lens", "block_table"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    for i, slot in enumerate(slots):
-        assert torch.equal(tables[slot], expected.block_table[i])
 
 
 def test_padded_steps_write_to_the_null_block_only() -> None:

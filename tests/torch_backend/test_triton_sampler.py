@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inferflux_backend_torch import device_draw
-from torch_backend.triton_interpreter import isolate, triton_sampler
 
+from inferflux_backend_torch import device_draw
 from inferflux_core.engine.sampling import Sampler, gumbel_noise, philox_4x32
 from inferflux_core.engine.types import SamplingParams, SequenceInit
+from torch_backend.triton_interpreter import isolate, triton_sampler
 
 _VOCABULARIES = [1, 7, 101, 2048, 4099, 9001]
 

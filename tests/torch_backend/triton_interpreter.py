@@ -22,8 +22,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 try:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds, elsewhere by pip install triton")
     with contextlib.suppress(ImportError):
-        import triton.experimental.gluon  # imported by the first launch otherwise, and then asserts that the variable is set
-    from inferflux_backend_torch import triton_attention, triton_kernels, triton_ops, triton_prepare, triton_sampler
+        pass  # imported by the first launch otherwise, and then asserts that the variable is set
+    from inferflux_backend_torch import triton_attention, triton_kernels, triton_ops, triton_sampler, triton_steps
 finally:  # other tests start processes that should not inherit it
     if _set_before is None:
         del os.environ["TRITON_INTERPRET"]
@@ -36,7 +36,7 @@ INTERPRETED = all(
     for function in (tl.cdiv, triton_kernels._rms_norm_kernel, triton_attention._attention_kernel, triton_sampler._best_kernel)
 )
 
-__all__ = ["INTERPRETED", "isolate", "triton_attention", "triton_kernels", "triton_ops", "triton_prepare", "triton_sampler"]
+__all__ = ["INTERPRETED", "isolate", "triton_attention", "triton_kernels", "triton_ops", "triton_sampler", "triton_steps"]
 
 
 def isolate(namespace: dict[str, object]) -> None:

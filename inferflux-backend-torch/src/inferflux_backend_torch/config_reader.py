@@ -60,7 +60,7 @@ _NEUTRAL: Final[Mapping[str, Callable[[object], bool]]] = {
     **dict.fromkeys(
         (
             "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "attention_multiplier", "query_pre_attn_scalar",
-            "sliding_window", "no_rope_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size",
+            "sliding_window", "no_rope_layers", "num_experts", "num_local_experts", "n_routed_experts",
             "kv_lora_rank", "mup_width_multiplier", "q_lora_rank", "scale_depth", "dim_model_base", "rope_local_base_freq",
             "text_config", "vision_config", "mlp_only_layers", "per_layer_config", "swiglu_limit", "interleaved_sliding_window",
         ),

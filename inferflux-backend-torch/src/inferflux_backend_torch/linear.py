@@ -10,6 +10,8 @@ from torch.nn import functional
 
 # A product of so many rows or more is bound by arithmetic: int8 weights are widened first and multiplied as a whole.
 _MANY_ROWS = 64
+# torch's int8 product reads past the end of rows of other lengths, and crashes (torch 2.13: 72 and 90 columns).
+_INT8_COLUMNS = 32
 # oneDNN lays a weight out for a number of rows; measured with 1 to 1,024 rows, this layout is the best or close to it for all.
 _PACKED_FOR_ROWS = 16
 
@@ -63,10 +65,11 @@ class Int8Linear:
         self._weight = (weight.float() / self._scales.float().unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
         self._bias = bias
         self._product = torch.ops.aten._weight_int8pack_mm.default
+        self._narrow_rows = _MANY_ROWS if weight.shape[1] % _INT8_COLUMNS == 0 else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor
-        if x.shape[0] < _MANY_ROWS:
+        if x.shape[0] < self._narrow_rows:
             out = self._product(x, self._weight, self._scales)
         else:
             out = functional.linear(x, self._weight.to(x.dtype)).mul_(self._scales)
@@ -77,6 +80,6 @@ def linear_factory(quantization: str, dtype: torch.dtype, device: torch.device) 
     """The layout for these settings."""
     if quantization == "int8":
         return Int8Linear
-    if device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and dtype is torch.bfloat16 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # of torch
         return PackedLinear
     return PlainLinear

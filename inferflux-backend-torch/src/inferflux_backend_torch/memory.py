@@ -8,7 +8,6 @@ from pathlib import Path
 from inferflux_core.errors import ModelFileError
 
 _GIB = 2**30
-_UNLIMITED = 1 << 60  # cgroup v1 writes nearly 2**63 where there is no limit
 
 
 def check_memory(needed_bytes: int, available_bytes: int, what: str) -> None:
@@ -78,14 +77,12 @@ def _left_by_cgroups(proc: Path, cgroups: Path) -> list[int]:
 
 
 def _room(folder: Path, limit: str, usage: str, cached: tuple[str, str]) -> int | None:
-    """Limit minus usage of one group; None where it has no limit."""
+    """Limit minus usage of one group; None where it has no limit. Version 1 then states one of nearly 2**63."""
     try:
         most = int((folder / limit).read_text())  # "max" means none
         used = int((folder / usage).read_text())
         pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
     except (OSError, ValueError):
-        return None
-    if most >= _UNLIMITED:
         return None
     return most - max(0, used - sum(stat.get(name, 0) for name in cached))

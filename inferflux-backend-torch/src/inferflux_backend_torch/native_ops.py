@@ -19,7 +19,7 @@ from inferflux_backend_torch.ops import Activation, AttentionLayer, TorchOps, at
 try:
     from inferflux_backend_torch import _native
 except ImportError:  # no compiler at install, or torch without OpenMP
-    _native = None  # type: ignore[assignment]  # a module that may be missing
+    _native = None  # type: ignore[assignment]  # may be missing
 
 # Up to so many queries of one sequence go through the kernel for single tokens; more go through torch's flash attention.
 _FEW_QUERIES = 8
@@ -90,6 +90,9 @@ class NativeOps(TorchOps):
         return out
 
     def rope_and_cache(self, qkv: Tensor, layer: AttentionLayer, inputs: StepInputs, cache: KVCache) -> None:
+        if not _fits(layer):
+            super().rope_and_cache(qkv, layer, inputs, cache)
+            return
         rope = layer.rope
         _native.rope_and_cache(
             self._bf16,
@@ -110,6 +113,8 @@ class NativeOps(TorchOps):
         )
 
     def attention(self, qkv: Tensor, layer: AttentionLayer, inputs: StepInputs, cache: KVCache) -> Tensor:
+        if not _fits(layer):
+            return super().attention(qkv, layer, inputs, cache)
         plan = self._plan
         if plan is None or plan.inputs is not inputs:
             plan = self._plan = _make_plan(inputs)
@@ -167,6 +172,16 @@ class NativeOps(TorchOps):
         to.copy_(result[0].transpose(0, 1))
 
 
+def _fits(layer: AttentionLayer) -> bool:
+    """Whether the heads fit into the kernels' buffers, which lie on the stack."""
+    group = layer.num_heads // layer.num_kv_heads
+    return (
+        layer.head_dim <= _native.MAX_HEAD_DIM
+        and group <= _native.MAX_GROUP
+        and group * layer.head_dim <= _native.MAX_GROUP_DIM
+    )
+
+
 def _make_plan(inputs: StepInputs) -> _Plan:
     starts = np.asarray(inputs.host_query_start, dtype=np.int32)
     lengths = np.asarray(inputs.host_seq_lens, dtype=np.int32)
@@ -177,11 +192,11 @@ def _make_plan(inputs: StepInputs) -> _Plan:
     offsets = np.arange(len(seqs), dtype=np.int32) - np.repeat(
         np.cumsum(counts[few], dtype=np.int32) - counts[few], counts[few]
     )
-    rows = starts[seqs] + offsets
-    ends = lengths[seqs] - counts[seqs] + 1 + offsets
     return _Plan(
-        inputs,
-        *(torch.from_numpy(np.ascontiguousarray(a, dtype=np.int32)) for a in (rows, seqs, ends)),
+        inputs=inputs,
+        rows=torch.from_numpy(starts[seqs] + offsets),
+        seqs=torch.from_numpy(seqs),
+        ends=torch.from_numpy(lengths[seqs] - counts[seqs] + 1 + offsets),
         long_seqs=[int(i) for i in np.flatnonzero(counts > _FEW_QUERIES)],
         masks={},
     )

@@ -201,11 +201,17 @@ class RopeReader:
         if rope_type != "longrope":
             return ()
         values = parameters.get(key)
-        if not isinstance(values, list) or len(values) != dim // 2 or not all(finite(v) and _SMALLEST < v < 1e9 for v in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != dim // 2
+            or not all(finite(v) and _SMALLEST < v < 1e9 for v in values)
+        ):
             self._fail(key, f"it must be a list of {dim // 2} positive numbers, one for each frequency")
         return tuple(float(value) for value in values)
 
-    def _number(self, parameters: Mapping[str, Any], key: str, default: float, low: float = _SMALLEST, high: float = 1e9) -> float:
+    def _number(
+        self, parameters: Mapping[str, Any], key: str, default: float, low: float = _SMALLEST, high: float = 1e9
+    ) -> float:
         value = parameters.get(key)
         if value is None:
             return default

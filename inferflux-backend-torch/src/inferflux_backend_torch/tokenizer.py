@@ -78,10 +78,9 @@ class HFTokenizer(Tokenizer):
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of a token sequence, taken as a whole text; invalid UTF-8 becomes U+FFFD."""
-        pieces = [(token, piece) for token in token_ids if (piece := self.token_bytes(token, special=special))]
-        data = b"".join(piece for _, piece in pieces)
-        if self._adds_space and data.startswith(b" ") and pieces[0][0] not in self._texts:
-            data = data[1:]
+        data = b"".join([self.token_bytes(token, special=special) for token in token_ids])
+        if self._adds_space:
+            data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
 
     def _piece(self, token_id: int) -> bytes:

@@ -9,10 +9,15 @@ second the best of those. Noise is computed where it is used and never stored; n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from inferflux_backend_torch.device_draw import DeviceDraw
+from inferflux_backend_torch.penalties import upload
 
 _BLOCK = 2048  # tokens of one program
 _SEARCH_BLOCK = 4096  # tokens at a time of the threshold search, which has one program a row
@@ -232,6 +237,22 @@ def gumbel_argmax(scaled: Tensor, thresholds: Tensor, seeds: Tensor, positions: 
             best, best_index, scaled.contiguous(), thresholds, seeds, positions, vocab_size, BLOCK=_BLOCK
         )
     return _first_best(best, best_index)
+
+
+class TritonDraw(DeviceDraw):
+    """`DeviceDraw` by the kernels of this module; a row without filters leaves the search for thresholds at once."""
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return argmax(logits)
+
+    def draw(self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        which, where, position = upload(self._device, [list(rows), list(slots), list(positions)], torch.int64)
+        scaled = scale(logits if len(rows) == len(logits) else logits[which], self.temperature[where])
+        if self._filtered.isdisjoint(slots):
+            thresholds = scaled.new_full((len(rows),), -torch.inf)
+        else:
+            thresholds = filter_thresholds(scaled, self.top_k[where], self.top_p[where], self.log_min_p[where])
+        return gumbel_argmax(scaled, thresholds, self.seeds[where], position)
 
 
 def _blocks(logits: Tensor) -> tuple[Tensor, Tensor]:
