@@ -90,7 +90,7 @@ class ReferenceRunner:
             logits = self._decoder.logits(self._decoder.forward(inputs, self._cache))
         if not all_tokens:
             return dict(zip(order, logits, strict=True))
-        return dict(zip(order, logits.split([len(work[name]) for name in order]), strict=True))  # type: ignore[no-untyped-call]  # torch's
+        return dict(zip(order, torch.split(logits, [len(work[name]) for name in order]), strict=True))
 
     def fill(self, work: Mapping[str, Sequence[int]]) -> Tensor:
         """Run tokens that no logits are wanted of.

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="the torch backend is not installed")
+pytest.importorskip("torch", reason="the torch backend is not installed")
 
-from inferflux_backend_torch.graphs import DecodeGraphs, NoRecorder, graph_sizes  # noqa: E402 -- after the skip
-from inferflux_backend_torch.inputs import KVCache, StepInputs  # noqa: E402
-from inferflux_backend_torch.ops import TorchOps  # noqa: E402
-from torch_backend.attention_case import AttentionCase, AttentionStep, build  # noqa: E402
+import torch
+
+from inferflux_backend_torch.graphs import DecodeGraphs, NoRecorder, graph_sizes
+from inferflux_backend_torch.inputs import KVCache, StepInputs
+from inferflux_backend_torch.ops import TorchOps
+from torch_backend.attention_case import AttentionCase, AttentionStep, build
 
 _CPU = torch.device("cpu")
 

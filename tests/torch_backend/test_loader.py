@@ -50,8 +50,8 @@ def changed(tiny: TinyModel, folder: Path, change: Change) -> Path:
     return folder
 
 
-def prompt_logits(folder: Path, **settings: torch.dtype) -> Tensor:
-    runner = ReferenceRunner(load(folder, **settings))
+def prompt_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    runner = ReferenceRunner(load(folder, dtype=dtype))
     return runner.step({"a": list(range(3, 20))}, all_tokens=True)["a"]
 
 

@@ -150,7 +150,7 @@ def test_partial_rotation_equals_transformers(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("length", [20, 100])
 @pytest.mark.parametrize("old_type", ["su", "yarn", "longrope"])  # of which the first two are early names for the third
 def test_phi3_longrope_equals_transformers(old_type: str, length: int) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "rope_theta": 5000.0,
         "original_max_position_embeddings": 32,
         "rope_scaling": {"type": old_type, "short_factor": FACTORS, "long_factor": [2 * f for f in FACTORS]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -132,4 +133,4 @@ def test_ranks_hold_equally_many_rows_of_the_vocabulary(vocab_size: int, size: i
     assert len({cut.stop - cut.start for cut in cuts}) == 1
     assert cuts[0].start == 0
     assert cuts[-1].stop >= vocab_size
-    assert all(left.stop == right.start for left, right in zip(cuts, cuts[1:], strict=False))
+    assert all(left.stop == right.start for left, right in itertools.pairwise(cuts))

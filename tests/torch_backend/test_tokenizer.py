@@ -542,6 +542,56 @@ def test_a_bad_tokenizer_is_refused_with_its_fault(
     assert fault in str(refusal.value)
 
 
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, 3, -1, 2.5, "", "x", [], ["x"], {}, {"x": 1}, {"type": "Sequence"}, [[]], 2**40]
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(kind=st.sampled_from(["byte_level", "unigram"]), data=st.data())
+def test_whatever_is_wrong_with_the_files_is_refused_as_such(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    settings_of = {"eos_token": "</s>", "added_tokens_decoder": {"0": {"content": "!"}}, "additional_special_tokens": ["x"]}
+    content = {"tokenizer": small(kind), "tokenizer_config": settings_of, "generation_config": {"eos_token_id": [1]}}
+    node: Any = content[data.draw(st.sampled_from(sorted(content)))]
+    while True:  # some way down, replace one value
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(JUNK)
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "config.json").write_text('{"vocab_size": 1000}')
+    for name, value in content.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    try:
+        tokenizer = HFTokenizer(folder)
+    except ModelFileError:
+        return
+    for parse in (False, True):  # what is accepted works
+        ids = tokenizer.encode("a</s>", add_special=True, parse_special=parse)
+        tokenizer.decode(ids)
+
+
+def small(kind: str) -> Document:
+    """A tokenizer with few enough tokens that a random place in its file is often an interesting one."""
+    content: Document = json.loads(document(kind))
+    model = content["model"]
+    if kind == "unigram":
+        model["vocab"] = [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0], ["▁", -1.0]]
+        content["added_tokens"] = [
+            {**content["added_tokens"][0], "id": n, "content": t} for n, t in enumerate(["<unk>", "</s>"])
+        ]
+        content["post_processor"]["special_tokens"]["</s>"]["ids"] = [1]
+    else:
+        model["vocab"] = {"a": 0, "b": 1, "ab": 2}
+        model["merges"] = [["a", "b"]]
+        content["added_tokens"] = [{**content["added_tokens"][0], "id": 3}]
+        content["post_processor"] = None
+    return content
+
+
 @pytest.mark.parametrize(
     ("files", "fault"),
     [

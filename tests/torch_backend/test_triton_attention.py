@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="the torch backend is not installed")
+
+import torch
 
 from inferflux_backend_torch.ops import TorchOps
 from torch_backend.attention_case import AttentionCase, AttentionStep, attention_error, build

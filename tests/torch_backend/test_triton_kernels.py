@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="the torch backend is not installed")
+
+import torch
 
 from inferflux_backend_torch.ops import Activation, TorchOps
 from torch_backend.attention_case import AttentionCase, build

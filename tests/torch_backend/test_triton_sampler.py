@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="the torch backend is not installed")
+
+import torch
 
 from inferflux_backend_torch import device_draw
 from inferflux_core.engine.sampling import Sampler, gumbel_noise, philox_4x32

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 
-import torch
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="the torch backend is not installed")
+
+import torch
 
 from inferflux_backend_torch.graphs import DecodeGraphs, NoRecorder
 from inferflux_backend_torch.inputs import StepInputs

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, built and saved by transformers: odd sizes, windows shorter than the prompts, fixed seeds."""
+"""Tiny random models of every family, saved by transformers: odd sizes, windows shorter than the prompts, fixed seeds."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ _INTERNLM2_NAMES = (
 
 
 def _rename_to_internlm2(path: Path) -> None:
-    """InternLM 2 is Llama with other names, and a tensor of heads grouped by KV head: [KV heads, group + 2, head_dim, hidden]."""
+    """InternLM 2 is Llama with other names, and one tensor of heads by KV head: [KV heads, group + 2, head_dim, hidden]."""
     tensors = load_file(path)
     for name in [name for name in tensors if name.endswith("q_proj.weight")]:
         parts = [tensors.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]

@@ -23,13 +23,14 @@ try:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds, elsewhere by pip install triton")
     with contextlib.suppress(ImportError):
         pass  # imported by the first launch otherwise, and then asserts that the variable is set
+    import triton.language as tl
+
     from inferflux_backend_torch import triton_attention, triton_kernels, triton_ops, triton_sampler, triton_steps
 finally:  # other tests start processes that should not inherit it
     if _set_before is None:
         del os.environ["TRITON_INTERPRET"]
     else:
         os.environ["TRITON_INTERPRET"] = _set_before
-import triton.language as tl
 
 INTERPRETED = all(
     type(function).__name__ == "InterpretedFunction"

@@ -86,5 +86,8 @@ def _steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
     if decoder.get("type") != "Sequence":
         yield decoder
         return
-    for inner in decoder.get("decoders") or ():
+    inners = decoder.get("decoders")
+    if not isinstance(inners, list):
+        raise ValueError(f"its decoder is a sequence of {inners!r}")
+    for inner in inners:
         yield from _steps(inner)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inferflux_backend_torch.loading import Loaded
-from inferflux_backend_torch.sampler import DeviceSampler, Samples
-from inferflux_backend_torch.steps import HostSteps
+from inferflux_backend_torch.sampler import DeviceSampler, Draw, Samples
+from inferflux_backend_torch.steps import HostSteps, Steps
 from inferflux_core.engine.types import ModelRunnerOutput, PagedOps, Row, SchedulerOutput, TokenLogprobs
 from inferflux_core.interfaces import Capabilities, EngineConfig, GrammarMask, KVCacheSpec, ModelRunner, Ticket
 
@@ -20,31 +21,38 @@ class TorchTicket(Ticket):
     """A launched step.
 
     Attributes:
-        rows: of the plan, those with a single token first.
-        sampled: which of these are sampled, in the order of the plan.
-        logits: [R, V]; None when nothing is sampled.
+        rows: those that are sampled, in the order of the plan.
+        logits: [R, V], until they have been sampled; None when nothing is.
+        elapsed: milliseconds that the forward pass took; waits for it.
     """
 
     rows: list[Row]
-    sampled: list[int]
     logits: Tensor | None
-    milliseconds: float
+    elapsed: Callable[[], float]
     samples: Samples | None = None
 
 
 class TorchRunner(ModelRunner):
     """Runs a model whose steps are done when `launch` returns: on a CPU, and on devices without kernels of our own."""
 
-    def __init__(self, loaded: Loaded, config: EngineConfig) -> None:
-        self.model_info = loaded.model_info
+    def __init__(
+        self, loaded: Loaded, config: EngineConfig, *, steps: Steps | None = None, draw: Draw | None = None, depth: int = 1
+    ) -> None:
+        """
+        Args:
+            steps, draw: how inputs are made and tokens drawn; by default on the host.
+        """
+        self.model_info = info = loaded.model_info
         self.kv_cache_spec = KVCacheSpec(layout="paged", block_size=loaded.cache.block_size, num_blocks=loaded.num_blocks)
-        self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
+        self.caps = Capabilities(
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, depth=depth
+        )
         self._model = loaded.model
         self._cache = loaded.cache
-        self._steps = HostSteps(config.max_num_seqs, self.model_info.max_model_len, loaded.cache.block_size, loaded.device)
-        self._sampler = DeviceSampler(
-            self.model_info.vocab_size, self.model_info.eos_token_ids, config.max_num_seqs, loaded.device
+        self._steps: Steps = steps or HostSteps(
+            config.max_num_seqs, info.max_model_len, loaded.cache.block_size, loaded.device
         )
+        self._sampler = DeviceSampler(info.vocab_size, info.eos_token_ids, config.max_num_seqs, loaded.device, draw)
 
     def warm_up(self) -> None:
         """A step in block 0, which holds nothing: libraries choose and compile their kernels in it."""
@@ -53,7 +61,6 @@ class TorchRunner(ModelRunner):
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> TorchTicket:
-        began = time.perf_counter()
         for slot in plan.free:
             self._sampler.free(slot)
         for init in plan.start:
@@ -61,18 +68,23 @@ class TorchRunner(ModelRunner):
             self._steps.start(init.slot)
         rows = sorted(plan.rows, key=lambda row: row.n > 1)
         places = {row.slot: i for i, row in enumerate(rows)}
-        sampled = [places[row.slot] for row in plan.rows if row.sample]
+        wanted = [row for row in plan.rows if row.sample]
+        logits, elapsed = self._compute(rows, [places[row.slot] for row in wanted])
+        return TorchTicket(plan, wanted, logits if wanted else None, elapsed)
+
+    def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor, Callable[[], float]]:
+        """Logits of the sampled rows, and how long that took."""
+        began = time.perf_counter()
         hidden = self._model.forward(self._steps.inputs(rows, sampled), self._cache)
-        logits = self._model.logits(hidden) if sampled else None
-        return TorchTicket(plan, rows, sampled, logits, (time.perf_counter() - began) * 1e3)
+        logits = self._model.logits(hidden) if sampled else hidden
+        milliseconds = (time.perf_counter() - began) * 1e3
+        return logits, lambda: milliseconds
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
         assert isinstance(ticket, TorchTicket)
         if ticket.logits is not None:
-            rows = [ticket.rows[i] for i in ticket.sampled]
-            ticket.samples = self._sampler.sample(
-                ticket.logits, [row.slot for row in rows], [row.start + row.n for row in rows]
-            )
+            slots, positions = [row.slot for row in ticket.rows], [row.start + row.n for row in ticket.rows]
+            ticket.samples = self._sampler.sample(ticket.logits, slots, positions)
             ticket.logits = None
 
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
@@ -85,7 +97,7 @@ class TorchRunner(ModelRunner):
             ticket.plan.step,
             [[token] for token in tokens],
             [None if entry is None else [entry] for entry in logprobs],
-            ticket.milliseconds,
+            ticket.elapsed(),
         )
 
     def close(self) -> None:

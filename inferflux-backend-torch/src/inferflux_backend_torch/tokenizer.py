@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,11 @@ class HFTokenizer(Tokenizer):
             raise ModelFileError(f"{tokens.path}: not a usable tokenizer: {error}; choose another model") from None
         # Two of them: in the second one no text can spell a control token. A flag on one would not be thread-safe, and text
         # could still reach those that the vocabulary itself lists (Unigram picks them first, their score being 0).
-        self._trusted = _build(tokens, hidden=tokens.beyond)
-        self._untrusted = _build(tokens, hidden=tokens.beyond | tokens.control.keys())
+        with _library_errors(tokens.path):
+            self._trusted = _build(tokens, hidden=tokens.beyond)
+            self._untrusted = _build(tokens, hidden=tokens.beyond | tokens.control.keys())
+            self._prefix, self._suffix = _surroundings(tokens, self._trusted)
+            first = self._untrusted.encode("a", add_special_tokens=False).ids
         self._texts = {number: text for text, number in tokens.control.items()}
         self._special = tokens.special
         self._added = frozenset(self._trusted.get_added_tokens_decoder())
@@ -55,8 +59,7 @@ class HFTokenizer(Tokenizer):
         self.eos_token = tokens.eos_token
         self.chat_template = tokens.chat_template
         self.special_tokens = frozenset(tokens.control)
-        self._prefix, self._suffix = _surroundings(tokens, self._trusted)
-        self._adds_space = self._begins_with_space()
+        self._adds_space = b"".join(map(self.token_bytes, first)).startswith(b" ")
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         tokenizer = self._trusted if parse_special else self._untrusted
@@ -71,6 +74,8 @@ class HFTokenizer(Tokenizer):
     def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
         if token_id in self._special and not special:
             return b""
+        if not 0 <= token_id < self.vocab_size:
+            return b""
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self._piece(token_id)
@@ -84,33 +89,35 @@ class HFTokenizer(Tokenizer):
         return data.decode("utf-8", "replace")
 
     def _piece(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size:
-            return b""
         if (text := self._texts.get(token_id)) is not None:
             return text.encode()
         if (spelling := self._trusted.id_to_token(token_id)) is None:
             return b""  # rows of the embedding that no token uses
         return self._decoder.added_bytes(spelling) if token_id in self._added else self._decoder.piece_bytes(spelling)
 
-    def _begins_with_space(self) -> bool:
-        ids = self._untrusted.encode("a", add_special_tokens=False).ids
-        return b"".join(map(self.token_bytes, ids)).startswith(b" ")
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Turn what the tokenizers library raises about a malformed file into a ModelFileError."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except BaseException as error:
+        # On some files the library panics, which arrives as something that is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFileError(f"{path}: not a usable tokenizer: {error}; fetch the file again") from None
 
 
 def _build(tokens: HFTokens, hidden: Collection[str]) -> tokenizers.Tokenizer:
     """The library's tokenizer, in which no text is read as one of the hidden tokens.
 
     Raises:
-        ModelFileError: the library refuses the file, or numbers tokens otherwise than the file.
+        ModelFileError: the library numbers the added tokens otherwise than the file.
     """
-    try:
-        document = _without(tokens.document, hidden) if hidden else tokens.document
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
-    except BaseException as error:
-        # On some malformed files the library panics, which arrives as something that is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ModelFileError(f"{tokens.path}: not a usable tokenizer: {error}; fetch the file again") from None
+    document = _without(tokens.document, hidden) if hidden else tokens.document
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for token in document["added_tokens"]:

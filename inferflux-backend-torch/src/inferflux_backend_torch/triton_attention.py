@@ -14,7 +14,8 @@ whose partial results the second kernel merges (flash-decoding). Design: vLLM's 
 """
 
 # Triton ships no types, so its decorator and the kernels under it are untyped; the launchers are checked in full:
-# mypy: allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803 -- constants of a kernel are written in capitals, as Triton itself does
 
 from __future__ import annotations
 
@@ -124,10 +125,8 @@ def _attend_tiles(
                 seen = seen & (token[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        if MASKED:  # a row that has seen nothing yet must not make -inf - -inf
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        else:
-            base = higher
+        # A row that has seen nothing yet must not make -inf - -inf.
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
         weight = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(highest - base)
         total = total * shrink + tl.sum(weight, 1)

@@ -6,7 +6,8 @@ Only features common to Triton 3.6 and later are used.
 """
 
 # Triton ships no types, so its decorator and the kernels under it are untyped; the launchers are checked in full:
-# mypy: allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803 -- constants of a kernel are written in capitals, as Triton itself does
 
 from __future__ import annotations
 

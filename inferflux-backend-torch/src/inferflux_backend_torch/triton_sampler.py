@@ -5,7 +5,8 @@ second the best of those. Noise is computed where it is used and never stored; n
 """
 
 # Triton ships no types, so its decorator and the kernels under it are untyped; the launchers are checked in full:
-# mypy: allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803 -- constants of a kernel are written in capitals, as Triton itself does
 
 from __future__ import annotations
 
@@ -119,10 +120,7 @@ def _least_limit(start, V, needed, most, kept, COUNT: tl.constexpr, BLOCK: tl.co
             token = first + tl.arange(0, BLOCK)
             value = tl.load(start + token, mask=token < V, other=float("-inf"))
             distance = tl.abs(value).to(tl.int32, bitcast=True)
-            if COUNT:
-                weight = tl.where(token < V, 1.0, 0.0)
-            else:
-                weight = tl.where(distance <= kept, tl.exp(value), 0.0)
+            weight = tl.where(token < V, 1.0, 0.0) if COUNT else tl.where(distance <= kept, tl.exp(value), 0.0)
             within = distance[None, :] <= limit[:, None]
             amount += tl.sum(tl.where(within, weight[None, :], 0.0), 1).to(tl.float64)
         short = tl.sum(((amount < needed) & (limit < high)).to(tl.int32), 0)  # amounts ascend

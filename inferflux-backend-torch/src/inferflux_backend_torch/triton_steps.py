@@ -5,7 +5,8 @@ need not have reached the host: the kernel takes it from `last_token`, which let
 """
 
 # Triton ships no types, so its decorator and the kernel under it are untyped; the class is checked in full:
-# mypy: allow-untyped-decorators, allow-untyped-defs
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
+# ruff: noqa: N803 -- constants of a kernel are written in capitals, as Triton itself does
 
 from __future__ import annotations
 
@@ -179,8 +180,8 @@ class DeviceSteps:
         | token [T] | new block [N]
         """
         places = [_NOT_SAMPLED] * len(rows)
-        for place, row in enumerate(sampled):
-            places[row] = place
+        for place, index in enumerate(sampled):
+            places[index] = place
         query_start, block_start, held = [0], [0], list[int]()
         tokens: list[int] = []
         blocks: list[int] = []

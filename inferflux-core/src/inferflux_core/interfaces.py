@@ -188,7 +188,8 @@ class Capabilities:
     Attributes:
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step.
-        depth: steps in flight; 1 waits for each step.
+        depth: steps in flight. 1 waits for each step. 2 launches the next step before it collects the last one, for devices
+            that compute beside the host: see `ModelRunner`.
         prefill_tile: a prefill chunk of fewer tokens runs on slower kernels, the more so the deeper it is in its context.
         max_draft: most draft tokens of one row; 0 means no speculation.
         grammar: whether `sample` applies a mask.
@@ -215,7 +216,18 @@ GrammarMask = Any  # the packed bit mask of issue 5; no runner takes one yet
 
 
 class ModelRunner(ABC):
-    """The half of a backend that computes. Lives in the engine process; called by the engine thread only."""
+    """The half of a backend that computes. Lives in the engine process; called by the engine thread only.
+
+    Each step is launched, sampled and collected. The order of the calls depends on `caps.depth`:
+
+        depth 1     launch 1, sample 1, collect 1, launch 2, sample 2, collect 2, ...
+        depth 2     launch 1, sample 1, launch 2, collect 1, sample 2, launch 3, collect 2, sample 3, ...
+
+    At depth 2 a decode row of step 2 may have `tokens=None`: its input is what `sample` of step 1 drew for the slot, so a
+    step's work has to follow that of the step before it on the device. A sequence that ended in step 1 may still have a row
+    in step 2, whose result is dropped; no block, stream or slot that a step uses belongs to another sequence before the step
+    is collected. `close` comes when everything launched was collected, or failed.
+    """
 
     model_info: ModelInfo
     kv_cache_spec: KVCacheSpec
@@ -315,15 +327,20 @@ class Scheduler(ABC):
 
     @abstractmethod
     def abort(self, request_ids: Sequence[str]) -> list[str]:
-        """End requests now, wherever they are; frees what they hold. Returns those that were alive."""
+        """End requests now, wherever they are; frees what they hold when no step in flight uses it. Returns those that were
+        alive."""
 
     @abstractmethod
     def schedule(self) -> SchedulerOutput | None:
-        """Plan the next step; None when nothing can be computed."""
+        """Plan the next step; None when nothing can be computed.
+
+        With a runner of depth 2 it is called once more before the last plan's output is taken in. Room and slots that a plan
+        not taken in yet uses must not be given to others.
+        """
 
     @abstractmethod
     def update_from_output(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> list[EngineOutput]:
-        """Take in what the step computed: append, stop, free. Returns what to tell the server."""
+        """Take in what the oldest step not taken in yet computed: append, stop, free. Returns what to tell the server."""
 
     @abstractmethod
     def take_started(self) -> list[str]:

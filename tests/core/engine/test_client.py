@@ -253,17 +253,18 @@ def expected(requests: Sequence[EngineRequest]) -> dict[str, list[int]]:
 
 
 class TestInProcessEngineClient:
-    async def test_requests_are_answered(self) -> None:
+    @pytest.mark.parametrize("depth", [1, 2])
+    async def test_requests_are_answered(self, depth: int) -> None:
         requests = [make_request(b"hello %d" % i, max_tokens=20) for i in range(5)]
         stream = OutputStream()
-        async with engine() as client:
+        async with engine(spec(depth=depth)) as client:
             assert client.state is EngineState.READY
             assert client.model_info is not None
             assert client.load_seconds is not None
             client.submit(requests, stream)
             assert await collect(stream, 5) == expected(requests)
             assert stream.started_at is not None
-            await until(lambda: client.stats.num_running == 0)
+            await until(lambda: (client.stats.num_running, client.stats.kv_cache_usage) == (0, 0))
             assert client.stats.generation_tokens >= sum(map(len, expected(requests).values()))
             assert client.restarts == 0
         assert client.state is EngineState.STOPPED

@@ -47,6 +47,30 @@ class TestStreamsThatCannotBeCut(FakeConformance):
     settings = FakeSettings(layout="sequence", can_trim=False)
 
 
+class TestPagedOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2)
+
+
+class TestPagedWithOddBlocksOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2, block_size=7, num_blocks=80)
+
+
+class TestStreamsOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2, layout="sequence")
+
+
+class TestRetainingStreamsOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2, layout="sequence", num_streams=9)
+
+
+class TestSharedPoolOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2, layout="sequence", pool_tokens=600)
+
+
+class TestStreamsThatCannotBeCutOneAhead(FakeConformance):
+    settings = FakeSettings(depth=2, layout="sequence", can_trim=False)
+
+
 def test_the_contract_notices_a_wrong_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take one token too many from a donor: the conformance test must fail."""
     common = SequenceKVCacheManager._common

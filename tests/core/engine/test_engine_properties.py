@@ -50,6 +50,7 @@ def backends(draw: st.DrawFn) -> FakeSettings:
         num_streams=draw(st.sampled_from([None, 6, 12])) if layout == "sequence" else None,
         can_trim=draw(st.booleans()),
         max_model_len=MODEL_LEN,
+        depth=draw(st.sampled_from([1, 2])),
     )
 
 
@@ -148,7 +149,7 @@ def run(case: Case) -> EngineDriver:
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert len(started) == len(set(started)), "started twice"
     assert set(driver.answers) - set(started) <= set(case.aborts), "never started"
-    target(float(stats.num_preemptions), label="preemptions")
+    target(float(stats.num_preemptions), label=f"preemptions at depth {case.backend.depth}")
     return driver
 
 
@@ -196,3 +197,18 @@ def test_preempting_anyone_at_any_moment_changes_no_answer(case: Case, data: st.
     driver.run()
     for request in case.requests:
         assert driver.answers[request.request_id].token_ids == alone(request).token_ids
+
+
+@given(cases(aborting=True))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_one_step_ahead_answers_the_same(case: Case) -> None:
+    """Depth 2 against depth 1; an abort may come a step earlier in the one than in the other."""
+    answers = [run(replace(case, backend=case.backend.model_copy(update={"depth": depth}))).answers for depth in (1, 2)]
+    for request in case.requests:
+        one, two = (of_depth[request.request_id] for of_depth in answers)
+        shared = min(len(one.token_ids), len(two.token_ids))
+        assert one.token_ids[:shared] == two.token_ids[:shared]
+        if FinishReason.ABORT not in (one.finish_reason, two.finish_reason):
+            assert (one.token_ids, one.finish_reason, one.logprobs) == (two.token_ids, two.finish_reason, two.logprobs)
+        else:
+            assert request.request_id in case.aborts

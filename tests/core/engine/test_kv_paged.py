@@ -146,6 +146,24 @@ def test_only_computed_blocks_are_found() -> None:
     assert kv.get_computed_blocks(sequence(numbers(17))).num_tokens == 16
 
 
+@pytest.mark.parametrize(("to", "blocks", "held"), [(12, [1, 2, 3], 8), (11, [1, 2], 8), (4, [1], 4), (3, [], 0)])
+def test_a_shortened_match_is_of_whole_blocks(to: int, blocks: list[int], held: int) -> None:
+    """Blocks that others may read are never computed again in part."""
+    kv = manager()
+    compute(kv, sequence(numbers(8)))
+    done = sequence(numbers(12))
+    compute(kv, done)
+    kv.free(done, keep=True)
+    longer = sequence(numbers(14))
+    match = kv.shorten(kv.get_computed_blocks(longer), to)
+    assert (match.num_tokens, match.num_held) == (len(blocks) * SIZE, held)
+    ops = kv.allocate_slots(longer, 14, match)
+    assert ops is not None
+    assert list(ops.new_blocks)[: len(blocks)] == blocks
+    assert not set(list(ops.new_blocks)[len(blocks) :]) & {1, 2, 3}
+    kv.check_integrity()
+
+
 def test_a_different_token_ends_the_prefix() -> None:
     kv = manager()
     compute(kv, sequence(numbers(16)))

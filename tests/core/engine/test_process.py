@@ -130,8 +130,9 @@ async def assert_it_recovers(client: ProcessEngineClient, restarts: int = 1) -> 
 # --- the usual --------------------------------------------------------------------------------------------------------
 
 
-async def test_it_answers_aborts_and_ends_by_itself(folder: Path) -> None:
-    async with engine() as client:
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_it_answers_aborts_and_ends_by_itself(folder: Path, depth: int) -> None:
+    async with engine(spec(depth=depth)) as client:
         assert modes(folder) == [0o700], "nobody else can connect"
         assert client.model_info is not None
         assert client.model_info.max_model_len == 4096
@@ -139,8 +140,7 @@ async def test_it_answers_aborts_and_ends_by_itself(folder: Path) -> None:
         stream = endless(client)
         await stream.get()
         client.abort(list(client._streams))
-        await until(lambda: client.stats.num_running == 0)
-        assert client.stats.kv_cache_usage == 0
+        await until(lambda: (client.stats.num_running, client.stats.kv_cache_usage) == (0, 0))
         assert client.restarts == 0
         process = client._process
     assert process is not None
@@ -160,10 +160,14 @@ async def test_signals_of_the_terminal_are_the_servers() -> None:
         assert client.restarts == 0
 
 
-async def test_stop_fails_what_runs() -> None:
-    async with engine(spec(step_ms=1.0)) as client:
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_stop_fails_what_runs(depth: int) -> None:
+    async with engine(spec(step_ms=1.0, depth=depth)) as client:
         stream = endless(client)
         await stream.get()
+        process = client._process
+    assert process is not None
+    assert process.returncode == 0, "it took in what was in flight, and ended"
     with pytest.raises(ModelLoadingError, match="was unloaded"):
         await collect(stream)
     await client.stop()

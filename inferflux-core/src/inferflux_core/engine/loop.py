@@ -10,7 +10,7 @@ import msgspec
 from inferflux_core.engine.kv.manager import make_kv_cache_manager
 from inferflux_core.engine.scheduler import SchedulerContext
 from inferflux_core.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
-from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelInfo, ModelRunner, Scheduler
+from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelInfo, ModelRunner, Scheduler, Ticket
 from inferflux_core.plugins import PluginRegistry
 
 
@@ -32,11 +32,20 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineCore:
-    """Schedules and computes. Not thread-safe: one thread owns it."""
+    """Schedules and computes. Not thread-safe: one thread owns it.
+
+    With a runner of depth 2 a step is launched before the one before it is collected, so that the device never waits for the
+    host; `step()` then brings the outputs of the step that the call before it launched:
+
+        host     plan 1 | plan 2, collect 1, take in 1 | plan 3, collect 2, take in 2 | ...
+        device          | compute 1          | compute 2                  | compute 3
+    """
 
     def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self._one_ahead = runner.caps.depth > 1
+        self._in_flight: Ticket | None = None
 
     @classmethod
     def build(cls, spec: EngineSpec, registry: PluginRegistry) -> EngineCore:
@@ -64,7 +73,7 @@ class EngineCore:
         context = SchedulerContext(
             config=config,
             caps=runner.caps,
-            kv=make_kv_cache_manager(runner.kv_cache_spec, config.enable_prefix_caching),
+            kv=make_kv_cache_manager(runner.kv_cache_spec, config.enable_prefix_caching, runner.caps.depth),
             eos_token_ids=runner.model_info.eos_token_ids,
         )
         return cls(runner, registry.create("scheduler", scheduler, scheduler_settings or {}, context))
@@ -83,24 +92,37 @@ class EngineCore:
         return None
 
     def abort(self, request_ids: Sequence[str]) -> list[EngineOutput]:
-        """End requests and free what they hold."""
+        """End requests; what they hold is freed as soon as no step in flight uses it. Waits for nothing."""
         return [EngineOutput(i, [], FinishReason.ABORT) for i in self.scheduler.abort(request_ids)]
 
     def step(self) -> list[EngineOutput]:
         """Compute one step; the outputs it brought."""
+        last, self._in_flight = self._in_flight, None  # so that after an exception nothing is in flight
         plan = self.scheduler.schedule()
-        if plan is None:
-            return []
-        ticket = self.runner.launch(plan)
-        self.runner.sample(ticket, None)
-        output = self.runner.collect(ticket)
-        return self.scheduler.update_from_output(plan, output)
+        ticket = None if plan is None else self.runner.launch(plan)
+        outputs = [] if last is None else self._take_in(last)
+        if ticket is not None:
+            self.runner.sample(ticket, None)
+            if not self._one_ahead:
+                return self._take_in(ticket)
+            self._in_flight = ticket
+        return outputs
+
+    def _take_in(self, ticket: Ticket) -> list[EngineOutput]:
+        return self.scheduler.update_from_output(ticket.plan, self.runner.collect(ticket))
 
     def has_requests(self) -> bool:
-        return self.scheduler.has_requests()
+        """Whether `step()` has anything to do: requests to compute, or a step in flight to take in."""
+        return self._in_flight is not None or self.scheduler.has_requests()
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats()
 
     def close(self) -> None:
-        self.runner.close()
+        """Wait for the step in flight, whose outputs nobody gets any more, and release the model."""
+        last, self._in_flight = self._in_flight, None
+        try:
+            if last is not None:
+                self.runner.collect(last)
+        finally:
+            self.runner.close()

@@ -37,10 +37,18 @@ def root_hash(cache_salt: str) -> BlockHash:
 class Request:
     """A sequence from its arrival to its end. Only the scheduler changes it.
 
-        |--- num_computed_tokens ---|--- pending ---|
-        0                                           len(tokens)
+        |-- num_computed_tokens --|-- in flight --|-- pending --|
+        0                                         |             len(tokens) + num_in_flight
+                                                  num_scheduled_tokens
 
     `tokens` grows at its end only, so other objects may hold on to it together with a length.
+
+    Attributes:
+        num_computed_tokens: tokens whose step was collected: their KV is valid and their ids are known.
+        num_scheduled_tokens: tokens in steps that were planned; more than computed while such a step is not collected.
+        num_in_flight: tokens that planned steps sample and that are not known yet; the first of them may be computed all
+            the same, since the device knows it.
+        slot: held from admission until the last step that used it is collected.
     """
 
     request_id: str
@@ -53,6 +61,8 @@ class Request:
     arrival_time: float
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_in_flight: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     slot: int | None = None
@@ -74,8 +84,18 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that are not computed yet."""
-        return len(self.tokens) - self.num_computed_tokens
+        """Tokens that no step was planned for yet, sampled ones in flight among them."""
+        return len(self.tokens) + self.num_in_flight - self.num_scheduled_tokens
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step that is not collected yet computes some of it, and so writes its cache."""
+        return self.num_scheduled_tokens > self.num_computed_tokens
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the last token that it may have is being sampled: there is nothing left to plan."""
+        return self.num_in_flight > 0 and self.num_output_tokens + self.num_in_flight >= self.params.max_tokens
 
     @property
     def num_output_tokens(self) -> int:

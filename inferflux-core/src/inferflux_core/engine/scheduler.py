@@ -2,19 +2,25 @@
 
 Every step lets each sequence's computed tokens catch up with its known tokens. Chunked prefill, prefix hits and resuming
 after preemption are that one rule. Running sequences come first, then the waiting ones, within one budget of tokens.
+
+A step may be planned while the one before it still runs (`Capabilities.depth` 2). Tokens that are being sampled then count as
+known, though only the device knows them; whatever ends a sequence meanwhile leaves its slot and cache to it until the last
+step that uses them is collected (deferred free).
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from inferflux_core.engine.cost_model import StepCostModel
+from inferflux_core.engine.counters import EngineCounters
 from inferflux_core.engine.kv.manager import KVCacheManager, PrefixMatch
-from inferflux_core.engine.request import BlockHash, Request, RequestStatus
+from inferflux_core.engine.kv.pending import PendingPrefixes
+from inferflux_core.engine.request import Request, RequestStatus
 from inferflux_core.engine.types import (
     EngineOutput,
     EngineRequest,
@@ -48,21 +54,6 @@ class SchedulerContext:
     cost_model: StepCostModel = field(default_factory=StepCostModel)
 
 
-@dataclass(slots=True)
-class _Counters:
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    recomputed_prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    step_tokens: int = 0
-    schedule_seconds: float = 0.0
-    model_seconds: float = 0.0
-
-
 class TokenBudgetScheduler(Scheduler):
     """Continuous batching with chunked prefill (Orca, OSDI '22; Sarathi-Serve, OSDI '24).
 
@@ -72,6 +63,8 @@ class TokenBudgetScheduler(Scheduler):
     Attributes:
         waiting: requests without a slot, by id, in order of arrival; preempted ones at the front.
         running: requests with a slot, by id, in order of admission.
+        leaving: requests that run no longer, while a step in flight still uses their slot and cache, by id. A preempted one
+            waits as well.
     """
 
     def __init__(self, context: SchedulerContext) -> None:
@@ -79,6 +72,7 @@ class TokenBudgetScheduler(Scheduler):
         self.kv = context.kv
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: dict[str, Request] = {}
+        self.leaving: dict[str, Request] = {}
         self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
         self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
         # One token more than a tile, since backends that run equal numbers of tokens of all sequences in one pass put the
@@ -86,12 +80,15 @@ class TokenBudgetScheduler(Scheduler):
         self._min_chunk = min(max(_MIN_CHUNK, context.caps.prefill_tile + 1), max(1, self._max_tokens // 4))
         self._slots = list(range(self._max_num_seqs))
         self._freed_slots: list[int] = []
+        # Whose the rows of a plan are: of the one in the making, and of those not taken in yet, oldest first.
         self._scheduled: list[Request] = []
+        self._planned: deque[tuple[SchedulerOutput, list[Request]]] = deque()
+        self._out_of_room = False
+        self._num_ending = 0  # running requests whose last token is in flight
         self._started: list[str] = []
-        # Blocks that a running sequence will compute, and which one: what waiting requests with the same prefix wait for.
-        self._computing: dict[BlockHash, str] = {}
+        self._pending = PendingPrefixes(context.kv, _MIN_CHUNK)
         self._mean_output = 64.0
-        self._count = _Counters()
+        self._count = EngineCounters()
 
     # --- policy -------------------------------------------------------------------------------------------------------
 
@@ -137,24 +134,29 @@ class TokenBudgetScheduler(Scheduler):
 
     def schedule(self) -> SchedulerOutput | None:
         began = time.perf_counter()
-        plan = SchedulerOutput(step=self._count.steps, rows=[], num_tokens=0)
+        plan = SchedulerOutput(step=self._count.num_steps + len(self._planned), rows=[], num_tokens=0)
         self._scheduled = []
-        preemptions = self._count.preemptions
+        self._out_of_room = False
+        self._num_ending = 0
         decodes: list[Request] = []
         prefills: list[Request] = []
         for request in self.running.values():
-            (decodes if request.num_pending == 1 else prefills).append(request)
+            if request.num_in_flight and request.awaits_last_token:
+                self._num_ending += 1
+            else:
+                (decodes if request.num_pending == 1 else prefills).append(request)
         self._schedule_running(plan, decodes, self._max_tokens)
         chunk = self._chunk_budget(plan)
         chunk -= self._schedule_running(plan, prefills, chunk)
-        if self._count.preemptions == preemptions:
-            # After a preemption the victim would get back the room that was just taken from it.
+        if not self._out_of_room:
+            # Otherwise a victim would get back the room that was just taken from it, or that a running one waits for.
             self._admit_waiting(plan, chunk)
         elif plan.rows:
             plan.rows[0].kv = self.kv.carry_over(plan.rows[0].kv)
         self._count.schedule_seconds += time.perf_counter() - began
         if not plan.rows:
             return None
+        self._planned.append((plan, self._scheduled))
         plan.free, self._freed_slots = self._freed_slots, []
         return plan
 
@@ -165,9 +167,12 @@ class TokenBudgetScheduler(Scheduler):
             n = self._cut(plan, request.num_pending, budget - used)
             if not n:
                 break
-            if request.status is not RequestStatus.RUNNING:
+            if self._out_of_room and request.status is not RequestStatus.RUNNING:
                 continue  # it was preempted for an earlier one
-            ops = self._allocate_or_preempt(plan, request, request.num_computed_tokens + n)
+            upto = request.num_scheduled_tokens + n
+            ops = self.kv.allocate_slots(request, upto)
+            if ops is None:
+                ops = self._make_room(plan, request, upto)
             if ops is not None:
                 self._add_row(plan, request, n, ops)
                 used += n
@@ -187,21 +192,30 @@ class TokenBudgetScheduler(Scheduler):
             return 0
         return min(pending, budget, room)
 
-    def _allocate_or_preempt(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
-        while (ops := self.kv.allocate_slots(request, upto)) is None:
+    def _make_room(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
+        """Preempt until there is room for tokens[:upto]. None: the request itself had to go, or the room comes later."""
+        self._out_of_room = True
+        ops = None
+        # Nobody goes while room is on its way: what leaves or ends gives it back when the step in flight is collected.
+        while ops is None and not self.leaving and not self._num_ending:
             victim = self.pick_victim()
             self._drop_row(plan, victim)
             self.preempt(victim)
             if victim is request:
                 return None
+            ops = self.kv.allocate_slots(request, upto)
         return ops
 
     def _drop_row(self, plan: SchedulerOutput, request: Request) -> None:
         """Take a request that is about to be preempted out of the plan again."""
         for i, scheduled in enumerate(self._scheduled):
             if scheduled is request:
-                plan.num_tokens -= plan.rows[i].n
-                self.kv.cancel(plan.rows[i].kv)
+                row = plan.rows[i]
+                plan.num_tokens -= row.n
+                request.num_scheduled_tokens = row.start
+                if row.sample:
+                    request.num_in_flight -= 1
+                self.kv.cancel(row.kv)
                 del self._scheduled[i], plan.rows[i]
                 return
 
@@ -212,7 +226,7 @@ class TokenBudgetScheduler(Scheduler):
         if not plan.rows or target is None:
             return room
         kv_tokens = sum(row.start for row in plan.rows)
-        depth = max((r.num_computed_tokens for r in self.running.values() if r.num_pending > 1), default=0)
+        depth = max((r.num_scheduled_tokens for r in self.running.values() if r.num_pending > 1), default=0)
         return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(self._min_chunk, room), room, depth)
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
@@ -220,8 +234,11 @@ class TokenBudgetScheduler(Scheduler):
         passed_over: list[Request] = []
         while budget > 0 and self.waiting and self._slots and len(passed_over) < _HOLD_WINDOW:
             request = self.pop_waiting()
+            if request.request_id in self.leaving:  # preempted, or named as one that was aborted, while a step ran
+                passed_over.append(request)
+                break
             match = self._aligned(request, self.kv.get_computed_blocks(request))
-            if self._is_being_computed(request, match.num_tokens):
+            if self._pending.covers(request, match.num_tokens):
                 passed_over.append(request)
                 continue
             n = self._cut(plan, len(request.tokens) - match.num_tokens, budget)
@@ -244,21 +261,8 @@ class TokenBudgetScheduler(Scheduler):
         tile = self.context.caps.prefill_tile
         pending = len(request.tokens) - match.num_tokens
         if tile > 1 and tile // 3 <= pending <= tile and match.num_tokens > _DEEP_TILES * tile and self.kv.can_trim:
-            return replace(match, num_tokens=len(request.tokens) - tile - 1)
+            return self.kv.shorten(match, len(request.tokens) - tile - 1)
         return match
-
-    def _is_being_computed(self, request: Request, num_cached: int) -> bool:
-        """Whether a running request is about to compute the next blocks of this one: then waiting and copying is cheaper."""
-        if not self._computing:
-            return False
-        size = self.kv.block_size
-        hashes = request.block_hashes(size, len(request.tokens) - 1)
-        pending = 0
-        for block_hash in hashes[num_cached // size :]:
-            if block_hash not in self._computing:
-                break
-            pending += size
-        return pending >= max(self.kv.min_shared_tokens or 0, _MIN_CHUNK)
 
     def _start(self, request: Request, match: PrefixMatch, n: int) -> KVOps | None:
         """Room for the first n tokens, if the whole request is likely to fit beside those that run."""
@@ -269,39 +273,42 @@ class TokenBudgetScheduler(Scheduler):
         return self.kv.allocate_slots(request, match.num_tokens + n, match)
 
     def _admit(self, plan: SchedulerOutput, request: Request, num_cached: int) -> None:
-        self._count.prefix_queries += 1
-        self._count.prefix_hits += num_cached > 0
+        self._count.prefix_cache_queries += 1
+        self._count.prefix_cache_hits += num_cached > 0
         if not request.started:
             request.started = True
             request.num_cached_tokens = num_cached
             self._count.cached_prompt_tokens += num_cached
             self._started.append(request.request_id)
         request.status = RequestStatus.RUNNING
-        request.num_computed_tokens = num_cached
+        request.num_computed_tokens = request.num_scheduled_tokens = num_cached
         request.slot = heapq.heappop(self._slots)
         self.running[request.request_id] = request
-        if self.kv.min_shared_tokens is not None:
-            size = self.kv.block_size
-            for block_hash in request.block_hashes(size)[num_cached // size :]:
-                self._computing.setdefault(block_hash, request.request_id)
+        self._pending.add(request, num_cached)
         plan.start.append(SequenceInit(request.slot, request.params, request.tokens[:], request.num_prompt_tokens))
 
     def _add_row(self, plan: SchedulerOutput, request: Request, n: int, ops: KVOps) -> None:
         assert request.slot is not None
-        start = request.num_computed_tokens
+        start = request.num_scheduled_tokens
+        upto = start + n
         tokens = request.tokens
+        num_known = len(tokens)
+        sample = upto == num_known + request.num_in_flight
         plan.rows.append(
             Row(
                 slot=request.slot,
                 start=start,
                 n=n,
-                tokens=tokens[start : start + n],
+                tokens=tokens[start:upto] if start < num_known else None,
                 n_draft=0,
-                sample=start + n == len(tokens),
+                sample=sample,
                 kv=ops,
             )
         )
         plan.num_tokens += n
+        request.num_scheduled_tokens = upto
+        if sample:
+            request.num_in_flight += 1
         self._scheduled.append(request)
 
     # --- taking in a step ---------------------------------------------------------------------------------------------
@@ -311,15 +318,21 @@ class TokenBudgetScheduler(Scheduler):
         self._observe(plan, output.device_ms)
         outputs: list[EngineOutput] = []
         sampled = iter(zip(output.tokens, output.logprobs, strict=True))
-        for request, row in zip(self._scheduled, plan.rows, strict=True):
-            tokens, logprobs = next(sampled) if row.sample else ([], None)
-            if request.status is not RequestStatus.RUNNING:
-                continue  # aborted while the step ran
+        running = RequestStatus.RUNNING
+        oldest, requests = self._planned.popleft()
+        assert oldest is plan, "steps are taken in in the order of their plans"
+        for request, row in zip(requests, plan.rows, strict=True):
             self._computed(request, row)
-            if tokens:
-                outputs.append(self._append(request, tokens, logprobs))
-        self._scheduled = []
-        self._count.steps += 1
+            drawn = next(sampled) if row.sample else None
+            if drawn is not None:
+                request.num_in_flight -= 1
+            if request.status is not running:  # stopped, aborted or preempted while the step ran
+                if not request.is_in_flight:
+                    del self.leaving[request.request_id]
+                    self._give_back(request)
+            elif drawn is not None:
+                outputs.append(self._append(request, drawn[0], drawn[1]))
+        self._count.num_steps += 1
         self._count.schedule_seconds += time.perf_counter() - began
         return outputs
 
@@ -339,9 +352,8 @@ class TokenBudgetScheduler(Scheduler):
         first = request.num_computed_tokens
         request.num_computed_tokens = first + row.n
         self.kv.cache_blocks(request, request.num_computed_tokens)
-        if self._computing:
-            size = self.kv.block_size
-            self._no_longer_computing(request, first // size, request.num_computed_tokens // size)
+        if self._pending.owners:
+            self._pending.remove(request, first, request.num_computed_tokens)
         if first < request.num_prompt_tokens:
             prompt = min(request.num_computed_tokens, request.num_prompt_tokens) - first
             self._count.prompt_tokens += prompt
@@ -387,55 +399,52 @@ class TokenBudgetScheduler(Scheduler):
         """Take a running request's room between two steps; it starts over later, from what is then still cached."""
         self._release(request)
         request.status = RequestStatus.PREEMPTED
-        request.num_computed_tokens = 0
         request.num_preemptions += 1
-        self._count.preemptions += 1
+        self._count.num_preemptions += 1
         self.waiting[request.request_id] = request
         self.waiting.move_to_end(request.request_id, last=False)
 
     def _release(self, request: Request) -> None:
+        """A request runs no longer, and gives back what it holds as soon as no step in flight uses it."""
+        self._pending.remove(request, request.num_computed_tokens)
+        del self.running[request.request_id]
+        if request.is_in_flight:
+            self.leaving[request.request_id] = request
+        else:
+            self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
         assert request.slot is not None
         self.kv.free(request, keep=True)
-        self._no_longer_computing(request, request.num_computed_tokens // self.kv.block_size, None)
-        del self.running[request.request_id]
         heapq.heappush(self._slots, request.slot)
         self._freed_slots.append(request.slot)
         request.slot = None
-
-    def _no_longer_computing(self, request: Request, first_block: int, upto_block: int | None) -> None:
-        for block_hash in request.hashes[first_block:upto_block]:
-            if self._computing.get(block_hash) == request.request_id:
-                del self._computing[block_hash]
+        request.num_computed_tokens = request.num_scheduled_tokens = 0
 
     # --- books --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        count = self._count
-        return EngineStats(
-            num_running=len(self.running),
-            num_waiting=len(self.waiting),
-            kv_cache_usage=self.kv.stats().usage,
-            num_steps=count.steps,
-            num_preemptions=count.preemptions,
-            prompt_tokens=count.prompt_tokens,
-            cached_prompt_tokens=count.cached_prompt_tokens,
-            recomputed_prompt_tokens=count.recomputed_prompt_tokens,
-            generation_tokens=count.generation_tokens,
-            prefix_cache_queries=count.prefix_queries,
-            prefix_cache_hits=count.prefix_hits,
-            step_tokens=count.step_tokens,
-            schedule_seconds=count.schedule_seconds,
-            model_seconds=count.model_seconds,
+        return self._count.stats(
+            num_running=len(self.running), num_waiting=len(self.waiting), kv_cache_usage=self.kv.stats().usage
         )
 
     def check_integrity(self) -> None:
-        """Verify slots, the cache's books and what is registered as being computed. For tests, after every step.
+        """Verify slots, the cache's books, what is in flight and what is being computed. For tests, after every step.
 
         Raises:
             AssertionError: what does not add up.
         """
         self.kv.check_integrity()
-        used = sorted(r.slot for r in self.running.values() if r.slot is not None)
+        assert not (self.running.keys() & self.leaving.keys()), "a request runs and leaves at once"
+        holders = [*self.running.values(), *self.leaving.values()]
+        used = sorted(r.slot for r in holders if r.slot is not None)
         assert sorted([*self._slots, *used]) == list(range(self._max_num_seqs)), "slots leaked"
         assert not (self.running.keys() & self.waiting.keys()), "a request runs and waits at once"
-        assert set(self._computing.values()) <= self.running.keys(), "a gone request still counts as computing"
+        assert set(self._pending.owners.values()) <= self.running.keys(), "a gone request still counts as computing"
+        assert all(r.is_in_flight for r in self.leaving.values()), "a request leaves though no step uses it any more"
+        rows = [(request, row) for plan, requests in self._planned for request, row in zip(requests, plan.rows, strict=True)]
+        for request in holders:
+            own = [row for other, row in rows if other is request]
+            assert request.num_scheduled_tokens - request.num_computed_tokens == sum(row.n for row in own), "rows were lost"
+            assert request.num_in_flight == sum(row.sample for row in own), "sampled tokens were lost"
+            assert request.num_output_tokens + request.num_in_flight <= request.params.max_tokens, "too many tokens planned"

@@ -172,7 +172,8 @@ class Row:
 
     Attributes:
         slot: dense index below max_num_seqs, stable while the sequence runs.
-        tokens: the n known tokens; None means the last sampled token, which is still on the device.
+        tokens: the n known tokens; None means one token, the one that the ticket launched before this one samples for the
+            slot, which only the device knows yet (`Capabilities.depth` 2).
         n_draft: trailing tokens of the row to verify.
         sample: False for inner prefill chunks, whose logits nobody needs.
         kv: cache operations to apply before the forward pass.
@@ -207,8 +208,9 @@ class SchedulerOutput:
     """The plan of one step: decodes first, then prefill chunks; a backend may batch the rows in any order.
 
     Attributes:
+        step: its number; steps are launched, sampled and collected in this order.
         start: sequences that get a slot now.
-        free: slots released since the last step; freed before the new ones start.
+        free: slots released since the last step; freed before the new ones start. No step in flight uses them.
     """
 
     step: int

@@ -75,9 +75,12 @@ class EngineDriver:
                 self._take(refused)
 
     def abort(self, *request_ids: str) -> None:
+        """End requests. When nobody is left, the step in flight is taken in as well: then everything is given back."""
         for output in self.core.abort(request_ids):
             self._take(output)
         self.check()
+        while request_ids and self.core.has_requests() and not self.core.scheduler.has_requests():
+            self.step()
 
     def preempt(self, request_id: str) -> None:
         """Take a running request's room away, as a full cache would."""

@@ -7,10 +7,12 @@ step costs microseconds. Plugin authors use it to test schedulers; InferFlux use
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -20,11 +22,9 @@ import numpy as np
 from inferflux_core.engine.sampling import Sampler, gumbel_noise
 from inferflux_core.engine.types import (
     ModelRunnerOutput,
-    PagedOps,
     Row,
     SamplingParams,
     SchedulerOutput,
-    SequenceOps,
     TokenLogprobs,
 )
 from inferflux_core.errors import ModelFileError
@@ -42,6 +42,7 @@ from inferflux_core.interfaces import (
     Ticket,
     Tokenizer,
 )
+from inferflux_core.testing.fake_memory import FakeMemory, FlightGuard
 from inferflux_core.testing.fake_settings import FakeSettings
 
 BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
@@ -114,25 +115,22 @@ class FakeBackend(Backend):
 
 
 @dataclass(slots=True)
-class _Memory:
-    """States by cell. Paged: a table of blocks for each slot. Sequence: a list for each stream."""
-
-    block_size: int
-    blocks: dict[int, list[int]] = field(default_factory=dict)
-    tables: dict[int, list[int]] = field(default_factory=dict)
-    streams: dict[int, list[int]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _FakeTicket(Ticket):
-    states: list[int]
+    number: int
     began: float
+    ready_at: float = 0.0
+    sampled: bool = False
+    states: list[int] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs] | None] = field(default_factory=list)
 
 
 class FakeRunner(ModelRunner):
-    """Computes states instead of tensors."""
+    """Computes states instead of tensors.
+
+    With `depth` 2 it computes a step when that step is collected, and not before: nothing can be read earlier, tokens that were
+    not drawn yet are taken from the step before, and a `FlightGuard` watches the cache.
+    """
 
     def __init__(self, settings: FakeSettings, config: EngineConfig) -> None:
         self._settings = settings
@@ -153,8 +151,15 @@ class FakeRunner(ModelRunner):
             pool_tokens=settings.pool_tokens,
             can_trim=settings.can_trim,
         )
-        self.caps = Capabilities(max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens)
-        self._memory = _Memory(settings.block_size)
+        self.caps = Capabilities(
+            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, depth=settings.depth
+        )
+        self._memory = FakeMemory(settings, self._mix)
+        self._guard = FlightGuard(settings.block_size) if settings.depth > 1 else None
+        self._launched: deque[_FakeTicket] = deque()
+        self._numbers = itertools.count()
+        self._last_token: dict[int, tuple[int, int]] = {}  # slot -> (number of the step that drew it, token)
+        self._idle_at = self._collected_at = 0.0
         self._sampler = Sampler(VOCAB_SIZE, self.model_info.eos_token_ids)
         # slot -> whether it may end, for sequences that are nothing but greedy: they need no logits
         self._plain: dict[int, bool] = {}
@@ -163,60 +168,45 @@ class FakeRunner(ModelRunner):
         """Nothing to warm."""
 
     def launch(self, plan: SchedulerOutput) -> Ticket:
-        began = time.perf_counter()
+        ticket = _FakeTicket(plan, next(self._numbers), time.perf_counter())
+        if self._guard is None:
+            self._forward(ticket)
+        else:
+            assert not self._launched or self._launched[-1].sampled, "a step was launched before the last one was sampled"
+            self._guard.launch(plan)
+            self._launched.append(ticket)
+            assert len(self._launched) <= self.caps.depth, f"{len(self._launched)} steps are in flight"
+        # The device takes one step after the other.
+        self._idle_at = max(time.perf_counter(), self._idle_at)
+        self._idle_at += (self._settings.step_ms + self._settings.token_ms * plan.num_tokens) / 1e3
+        ticket.ready_at = self._idle_at
+        return ticket
+
+    def _forward(self, ticket: _FakeTicket) -> None:
+        plan = ticket.plan
         for slot in plan.free:
             self._sampler.free(slot)
             self._memory.tables.pop(slot, None)
         for init in plan.start:
             self._sampler.start(init)
             self._memory.tables.pop(init.slot, None)
+            self._last_token.pop(init.slot, None)
             self._plain.pop(init.slot, None)
             if _is_plain(init.params):
                 self._plain[init.slot] = not init.params.ignore_eos
         for row in plan.rows:
-            self._apply(row)
-        states = [self._forward(row) for row in plan.rows]
-        return _FakeTicket(plan, states, began)
+            self._memory.apply(row)
+        ticket.states = [self._memory.compute(row, self._input(ticket, row)) for row in plan.rows]
 
-    def _apply(self, row: Row) -> None:
-        memory = self._memory
-        match row.kv:
-            case PagedOps(new_blocks):
-                memory.tables.setdefault(row.slot, []).extend(new_blocks)
-            case SequenceOps(stream, copy_from, keep_len, clear):
-                for other in clear:
-                    memory.streams.pop(other, None)
-                if copy_from is not None:
-                    memory.streams[stream] = list(memory.streams[copy_from])
-                if keep_len is not None:
-                    del memory.streams.setdefault(stream, [])[keep_len:]
-
-    def _forward(self, row: Row) -> int:
-        assert row.tokens is not None
-        if isinstance(row.kv, SequenceOps):
-            return self._forward_stream(row.tokens, row, self._memory.streams[row.kv.stream])
-        return self._forward_blocks(row.tokens, row)
-
-    def _forward_stream(self, tokens: Sequence[int], row: Row, cells: list[int]) -> int:
-        assert len(cells) == row.start, f"row starts at {row.start}, the stream holds {len(cells)}"
-        state = cells[-1] if cells else 1
-        for token in tokens:
-            state = self._mix(state, token)
-            cells.append(state)
-        limit = self._settings.pool_tokens
-        assert limit is None or sum(map(len, self._memory.streams.values())) <= limit, "the shared pool overflowed"
-        return state
-
-    def _forward_blocks(self, tokens: Sequence[int], row: Row) -> int:
-        memory, size = self._memory, self._memory.block_size
-        table = memory.tables[row.slot]
-        state = 1
-        if row.start:
-            state = memory.blocks[table[(row.start - 1) // size]][(row.start - 1) % size]
-        for position, token in enumerate(tokens, row.start):
-            state = self._mix(state, token)
-            memory.blocks.setdefault(table[position // size], [0] * size)[position % size] = state
-        return state
+    def _input(self, ticket: _FakeTicket, row: Row) -> Sequence[int]:
+        if row.tokens is not None:
+            assert len(row.tokens) == row.n
+            return row.tokens
+        assert row.n == 1, "only one token can be on the device"
+        assert row.slot in self._last_token, f"nothing was sampled for slot {row.slot} yet"
+        number, token = self._last_token[row.slot]
+        assert number == ticket.number - 1, f"the step before sampled nothing for slot {row.slot}"
+        return [token]
 
     def _mix(self, state: int, token: int) -> int:
         if token == self._settings.crash_token:
@@ -227,10 +217,16 @@ class FakeRunner(ModelRunner):
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
         assert isinstance(ticket, _FakeTicket)
+        ticket.sampled = True
+        if self._guard is None:
+            self._draw_all(ticket)
+
+    def _draw_all(self, ticket: _FakeTicket) -> None:
         for row, state in zip(ticket.plan.rows, ticket.states, strict=True):
             if not row.sample:
                 continue
             token, logprobs = self._draw(row, state)
+            self._last_token[row.slot] = (ticket.number, token)
             ticket.tokens.append([token])
             ticket.logprobs.append(None if logprobs is None else [logprobs])
 
@@ -247,15 +243,22 @@ class FakeRunner(ModelRunner):
 
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
         assert isinstance(ticket, _FakeTicket)
-        settings = self._settings
-        cost = (settings.step_ms + settings.token_ms * ticket.plan.num_tokens) / 1e3
-        if cost:
-            time.sleep(cost)
-        elapsed = (time.perf_counter() - ticket.began) * 1e3
-        return ModelRunnerOutput(ticket.plan.step, ticket.tokens, ticket.logprobs, elapsed)
+        if self._guard is not None:
+            assert ticket is self._launched.popleft(), "steps are collected in the order of their launch"
+            assert ticket.sampled, "a step was collected before it was sampled"
+            self._forward(ticket)
+            self._draw_all(ticket)
+            self._guard.collect()
+        wait = ticket.ready_at - time.perf_counter()
+        if wait > 0:
+            time.sleep(wait)
+        now = time.perf_counter()
+        began, self._collected_at = max(ticket.began, self._collected_at), now
+        return ModelRunnerOutput(ticket.plan.step, ticket.tokens, ticket.logprobs, (now - began) * 1e3)
 
     def close(self) -> None:
-        self._memory = _Memory(self._settings.block_size)
+        self._launched.clear()
+        self._memory = FakeMemory(self._settings, self._mix)
 
 
 def _favourite(state: int, may_end: bool) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inferflux_core.engine.request import Request
 from inferflux_core.engine.types import KVOps
@@ -33,7 +33,8 @@ class KVCacheManager(ABC):
 
     A sequence goes through `get_computed_blocks` (where can it start), `allocate_slots` before every step (room up to a
     length), `cache_blocks` after it (what is valid now), and `free`. A match is valid until the next call that allocates
-    for another sequence.
+    for another sequence. A step may be allocated for before the last one is computed; `free` is called when no step that uses
+    the sequence's cache is in flight any more.
 
     Attributes:
         block_size: tokens of a block, the unit of prefix matching.
@@ -49,13 +50,17 @@ class KVCacheManager(ABC):
     def get_computed_blocks(self, request: Request) -> PrefixMatch:
         """Longest cached prefix of a sequence that holds nothing yet. Changes nothing."""
 
+    def shorten(self, match: PrefixMatch, to: int) -> PrefixMatch:
+        """A match of at most `to` tokens, whose sequence computes the rest itself. Only when the runner can trim."""
+        return replace(match, num_tokens=to)
+
     @abstractmethod
     def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> KVOps | None:
         """Make room for tokens[:upto]; with the first call of a sequence, take over the match. None: out of room."""
 
     @abstractmethod
     def cache_blocks(self, request: Request, upto: int) -> None:
-        """tokens[:upto] are computed: publish their full blocks for others."""
+        """tokens[:upto] are computed, by steps that were collected: publish their full blocks for others."""
 
     @abstractmethod
     def trim(self, request: Request, to: int) -> None:
@@ -90,12 +95,12 @@ class KVCacheManager(ABC):
         """
 
 
-def make_kv_cache_manager(spec: KVCacheSpec, enable_prefix_caching: bool) -> KVCacheManager:
-    """The manager that the runner's layout names."""
+def make_kv_cache_manager(spec: KVCacheSpec, enable_prefix_caching: bool, depth: int = 1) -> KVCacheManager:
+    """The manager that the runner's layout names, for steps planned `depth` at a time."""
     if spec.layout == "paged":
         from inferflux_core.engine.kv.paged import PagedKVCacheManager
 
         return PagedKVCacheManager(spec.num_blocks, spec.block_size, enable_prefix_caching)
     from inferflux_core.engine.kv.sequence import SequenceKVCacheManager
 
-    return SequenceKVCacheManager(spec, enable_prefix_caching)
+    return SequenceKVCacheManager(spec, enable_prefix_caching, depth)

@@ -114,6 +114,13 @@ class PagedKVCacheManager(KVCacheManager):
             held += block.refs > 0
         return PrefixMatch(len(blocks) * self.block_size, blocks, held * self.block_size)
 
+    def shorten(self, match: PrefixMatch, to: int) -> PrefixMatch:
+        """Whole blocks only: others read those that are shared, so nobody may compute a part of one again."""
+        assert isinstance(match.source, list)
+        blocks: list[Block] = match.source[: to // self.block_size]
+        held = sum(block.refs > 0 for block in blocks)
+        return PrefixMatch(len(blocks) * self.block_size, blocks, held * self.block_size)
+
     def allocate_slots(self, request: Request, upto: int, match: PrefixMatch = NO_MATCH) -> PagedOps | None:
         table = self._tables.get(request.request_id)
         if table is not None and upto <= len(table.blocks) * self.block_size:

@@ -47,11 +47,13 @@ class SequenceKVCacheManager(KVCacheManager):
     3. A running stream has computed a prefix: copied to a free stream, if it is long enough to pay for the copy.
     """
 
-    def __init__(self, spec: KVCacheSpec, enable_prefix_caching: bool) -> None:
+    def __init__(self, spec: KVCacheSpec, enable_prefix_caching: bool, depth: int = 1) -> None:
         self.block_size = spec.block_size
         self.can_trim = spec.can_trim
         self._spec = spec
         self._caching = enable_prefix_caching
+        # While a step is in flight, a running stream holds more than its length; copying it and cutting is one way out.
+        self._can_copy_running = spec.can_trim or depth == 1
         self._streams = [Stream(i) for i in range(spec.num_streams)]
         self._of: dict[str, Stream] = {}
         self._plain_ops = [SequenceOps(i) for i in range(spec.num_streams)]
@@ -95,7 +97,7 @@ class SequenceKVCacheManager(KVCacheManager):
     def _can_take(self, n: int, stream: Stream) -> bool:
         if not n or (not self._spec.can_trim and n != stream.length):
             return False
-        return stream.owner is None or n >= self._spec.min_copy_tokens
+        return stream.owner is None or (n >= self._spec.min_copy_tokens and self._can_copy_running)
 
     # --- giving out streams -------------------------------------------------------------------------------------------
 
