@@ -8,10 +8,10 @@ torch = pytest.importorskip("torch")
 
 from hypothesis import given, settings  # noqa: E402  # after the skip
 from hypothesis import strategies as st  # noqa: E402
+
 from inferflux_backend_torch import native_ops  # noqa: E402
 from inferflux_backend_torch.native_ops import NativeOps  # noqa: E402
 from inferflux_backend_torch.ops import TorchOps  # noqa: E402
-
 from torch_backend.attention_case import AttentionCase, build  # noqa: E402
 
 if native_ops._native is None:
@@ -22,9 +22,11 @@ TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
 dtypes = st.sampled_from((torch.float32, torch.bfloat16))
 levels = st.sampled_from(LEVELS)
 
-# (computed before, tokens now): single tokens, small and large chunks, deep and from the start; over one segment of the kernel.
+# (computed before, tokens now): single tokens, small and large chunks, deep and from the start; over a segment of the kernel.
 _SEQUENCES = st.lists(
-    st.tuples(st.sampled_from((0, 1, 15, 16, 63, 255, 256, 257, 600)), st.sampled_from((1, 2, 8, 9, 40))), min_size=1, max_size=5
+    st.tuples(st.sampled_from((0, 1, 15, 16, 63, 255, 256, 257, 600)), st.sampled_from((1, 2, 8, 9, 40))),
+    min_size=1,
+    max_size=5,
 )
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("torch", reason="the torch backend's tests need torch")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inferflux_backend_torch import philox
 
+from inferflux_backend_torch import philox
 from inferflux_core.engine import sampling
 
 seeds = st.integers(0, 2**64 - 1)
@@ -82,13 +82,25 @@ def test_noise_of_the_device_differs_by_rounding_only() -> None:
     assert np.allclose(noise[1].numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_noise_is_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_of_the_extreme_words_is_the_references_and_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (0, 1, 2**32 - 2, 2**32 - 1)
+
     def extreme(seed: int, position: int, counters: Any) -> list[Any]:
-        return [np.full(len(counters), word, dtype=np.uint64) for word in (0, 1, 2**32 - 2, 2**32 - 1)]
+        return [np.full(len(counters), word, dtype=np.uint64) for word in words]
+
+    def extreme_pairs(keys: Any, positions: Any, groups: Any) -> tuple[Any, Any]:
+        first, second, third, fourth = extreme(0, 0, groups)
+        return (first << np.uint64(32)) | second, (third << np.uint64(32)) | fourth
 
     monkeypatch.setattr(sampling, "philox_4x32", extreme)
-    noise = sampling.gumbel_noise(0, 0, np.arange(4))
-    assert noise[0] == pytest.approx(philox.MOST_NOISE, abs=1e-5)
-    assert noise[3] == pytest.approx(philox.LEAST_NOISE, abs=1e-5)
-    assert noise[0] == noise.max()
-    assert noise[3] == noise.min()
+    monkeypatch.setattr(philox, "philox_pairs", extreme_pairs)
+    monkeypatch.setattr(philox, "philox_words", lambda seeds, positions, groups: torch.tensor(words).expand(1, 1, 4))
+    expected = sampling.gumbel_noise(0, 0, np.arange(4))
+    assert expected[0] == expected.max() == pytest.approx(philox.MOST_NOISE, abs=1e-5)
+    assert expected[3] == expected.min() == pytest.approx(philox.LEAST_NOISE, abs=1e-5)
+    keys = philox.round_keys(0)
+    group = np.zeros(1, dtype=np.uint64)
+    assert philox.noise_of_groups(keys, 0, group).tolist() == expected.tolist()
+    assert philox.noise_of_tokens(keys[:, np.newaxis], group, np.arange(4)).tolist() == expected.tolist()
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert philox.device_noise(zero, zero, zero)[0].numpy() == pytest.approx(expected, rel=1e-6)

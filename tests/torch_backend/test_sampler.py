@@ -17,12 +17,12 @@ pytest.importorskip("torch", reason="the torch backend's tests need torch")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from inferflux_backend_torch import device_draw, host_draw
 from inferflux_backend_torch.device_draw import DeviceDraw
 from inferflux_backend_torch.philox import noise_of_groups
 from inferflux_backend_torch.sampler import DeviceSampler, Samples
-from torch import Tensor
-
 from inferflux_core.engine.sampling import Logits, Sampler, gumbel_noise
 from inferflux_core.engine.types import SamplingParams, SequenceInit, TokenLogprobs
 
@@ -30,6 +30,8 @@ INF = math.inf
 EOS = 3
 CPU = torch.device("cpu")
 SIZES = (7, 101, 4099, 49152)
+
+SECOND_OF_EQUALS = {"top_k": 2, "top_p": 0.7, "temperature": 1.99}
 
 Make = Callable[[int], DeviceSampler]
 
@@ -209,6 +211,8 @@ def test_on_a_device_every_draw_is_the_references_up_to_rounding(case: tuple[lis
         (np.linspace(0, -20, 2000), {"top_k": 900, "temperature": 1e6}),
         (np.repeat([0.0, -9.0, -50.0], [3, 40, 20]), {"top_k": 20}),
         (np.repeat([0.0, -9.0, -50.0], [3, 40, 20]), {"top_p": 0.99999}),
+        # After the division the tokens just out of the first look's reach are equal to the second most likely one.
+        ([0.0, -8 * 1.99, *[np.nextafter(np.float32(-8 * 1.99), np.float32(-INF))] * 3000], SECOND_OF_EQUALS),
         ([-INF, 1.0, -INF, 1.0], {"top_k": 3, "top_p": 0.9, "min_p": 0.1}),
         ([3e38, -3e38, 0, 2.9e38], {"top_k": 2}),
         ([3e38, 2.9e38, 2.9e38, -3e38], {"temperature": 1e37}),
@@ -220,6 +224,40 @@ def test_the_edges_of_every_filter(make: Make, logits: Any, params: dict[str, An
     inits = seeded(60, **params)
     found = draws(make, torch.from_numpy(row).expand(60, -1).contiguous(), inits)
     assert found == [reference_draw(init, len(row), row, 7)[0] for init in inits]
+
+
+@pytest.mark.parametrize("size", SIZES[:3])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_thresholds_without_sorting_are_those_of_sorting(size: int, spread: float) -> None:
+    row = random_logits(size, size, spread)
+    scaled = row - row.max()
+    scaled[size // 2] = np.nextafter(scaled[size // 3], np.float32(-1))
+    scaled[-1] = -INF
+    descending = np.sort(scaled)[::-1]
+
+    def thresholds(top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]) -> list[float]:
+        return device_draw.filter_thresholds(
+            torch.from_numpy(scaled).expand(len(top_k), -1).contiguous(),
+            torch.tensor(top_k),
+            torch.tensor(top_p, dtype=torch.float64),
+            torch.tensor(min_p).log(),
+        ).tolist()
+
+    limits = [*range(1, min(size, 60)), size - 1, size]
+    off = [1.0] * len(limits), [0.0] * len(limits)
+    assert thresholds(limits, *off) == [descending[k - 1] for k in limits]
+    masses = [0.0, 0.1, 0.5, 0.9, 0.999, 1.0]
+    expected = [Sampler._top_p_threshold(scaled, p) for p in masses[:-1]]
+    assert thresholds([size] * 6, masses, [0.0] * 6) == [*expected, -INF]
+    first = Sampler._top_p_threshold(descending[:5], 0.8)
+    assert thresholds([5, 5], [0.8, 0.8], [0.0, 1.0]) == [first, 0.0]
+
+
+def test_improbable_tokens_are_kept_without_filters() -> None:
+    limits = device_draw.filter_thresholds(
+        torch.tensor([[0.0, -200.0]]), torch.tensor([2]), torch.ones(1, dtype=torch.float64), torch.tensor([-INF])
+    )
+    assert limits.tolist() == [-200.0]
 
 
 @both
@@ -404,6 +442,15 @@ def test_slots_are_begun_anew_and_freed(make: Make) -> None:
 
 
 @both
+def test_counts_of_freed_sequences_are_used_again(make: Make) -> None:
+    sampler = make(4)
+    for slot in range(50):
+        sampler.start(SequenceInit(slot, params_of(presence_penalty=5.0), [0], 1))
+        sampler.free(slot)
+    assert len(sampler._penalties._counts) == 4, "or a server would grow with every request"
+
+
+@both
 def test_no_rows_are_no_tokens(make: Make) -> None:
     assert make(4).sample(torch.empty(0, 4), [], []).collect() == ([], [])
 
@@ -497,3 +544,5 @@ def test_noise_in_pieces_is_noise_in_one(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(device_draw, "_GROUPS_AT_ONCE", 5 * 100)
     assert draws(device_sampler, rows, seeded(5)) == whole
     assert max(whole) > 400, "else only the first piece counted"
+    monkeypatch.setattr(device_draw, "device_noise", lambda seeds, p, groups: torch.zeros(len(seeds), 4 * len(groups)))
+    assert draws(device_sampler, torch.zeros(5, 4099), seeded(5)) == [0] * 5, "of equals the first"

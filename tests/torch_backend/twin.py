@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ def demo_twin() -> Path:
     except ModelFileError as error:
         pytest.skip(str(error), allow_module_level=True)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "inferflux-tests"
-    folder = cache / f"smollm2-135m-instruct-{gguf.revision or 'unknown'}"
+    folder = cache / f"smollm2-135m-instruct-{gguf.revision or 'unknown'}-digits"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(dir=cache))
@@ -57,3 +58,12 @@ def _convert(gguf: Path, folder: Path) -> None:
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    _split_digits(folder / "tokenizer.json")
+
+
+def _split_digits(path: Path) -> None:
+    """What transformers loses on the way from GGUF: this vocabulary reads each digit by itself, as llama.cpp does too."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    splits = {"type": "Digits", "individual_digits": True}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [splits, document["pre_tokenizer"]]}
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")

@@ -33,10 +33,10 @@ class CudaRecorder:
     """CUDA graphs that share one memory pool: recorded largest first, the smaller ones fit into what the largest took."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], object]) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the recording
             run()
@@ -44,7 +44,6 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             run()
-        self._pool = self._pool or graph.pool()
         return graph.replay
 
 

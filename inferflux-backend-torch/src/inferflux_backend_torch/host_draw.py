@@ -140,16 +140,14 @@ class HostDraw:
         descending = np.sort(scaled)[::-1]
         if 0 < params.top_k < self._vocab_size:
             if params.top_k > len(descending) or descending[params.top_k - 1] <= below > -np.inf:
-                return below
+                return below  # top_p must know all that top_k leaves, equals of the last one too
             threshold = descending[params.top_k - 1]
             descending = descending[: np.count_nonzero(descending >= threshold)]
         if params.top_p < 1.0:
             mass = np.cumsum(np.exp(descending), dtype=np.float64)
             last = int(np.searchsorted(mass, params.top_p * (mass[-1] if total is None else total)))
-            if last < len(mass):
+            if last < len(mass):  # else all of them are kept, and perhaps more
                 threshold = descending[last]
-            elif below > -np.inf:
-                return below
         if params.min_p > 0.0:
             threshold = max(threshold, np.float32(np.log(params.min_p)))
         return threshold

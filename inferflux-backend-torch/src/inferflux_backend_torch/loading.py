@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from inferflux_backend_torch.cache_size import CacheShape, cache_bytes, choose_lengths, default_block_size
-from inferflux_backend_torch.config import DecoderConfig
 from inferflux_backend_torch.devices import choose_cache_dtype, choose_device, choose_dtype, dtype_name, physical_cores
 from inferflux_backend_torch.files import ModelFolder
+from inferflux_backend_torch.hf import load_transformers, transformers_bytes
 from inferflux_backend_torch.hf_tokens import eos_token_ids
 from inferflux_backend_torch.inputs import KVCache, StepInputs
 from inferflux_backend_torch.linear import linear_factory
@@ -22,7 +22,7 @@ from inferflux_backend_torch.model import Comm, NoComm
 from inferflux_backend_torch.native_ops import native_ops
 from inferflux_backend_torch.ops import TorchOps
 from inferflux_backend_torch.settings import TorchSettings
-from inferflux_backend_torch.shard import Shard
+from inferflux_backend_torch.shard import WHOLE, Shard
 from inferflux_backend_torch.weights import expected_tensors
 from inferflux_core.errors import ConfigError
 from inferflux_core.interfaces import EngineConfig, ModelFiles, ModelInfo
@@ -32,7 +32,8 @@ class Model(Protocol):
     """What computes: this backend's decoder, or transformers' in its place."""
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        """Write the step's keys and values to the cache; hidden states [R, H] of the tokens in `inputs.logits_indices`."""
+        """Write the step's keys and values to the cache; hidden states [R, H] of the tokens in `inputs.logits_indices`,
+        or whatever `logits` takes."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, H] -> [R, V]."""
@@ -50,7 +51,7 @@ class Loaded:
 
 
 def load(
-    files: ModelFiles, settings: TorchSettings, config: EngineConfig, shard: Shard = Shard(), comm: Comm | None = None
+    files: ModelFiles, settings: TorchSettings, config: EngineConfig, shard: Shard = WHOLE, comm: Comm | None = None
 ) -> Loaded:
     """Load a model, or the part of it that `shard` names.
 
@@ -58,41 +59,47 @@ def load(
         ModelFileError: the files cannot be served, or do not fit into memory; found before the memory is taken.
         ConfigError: the device is not there, or settings contradict it.
     """
-    folder = ModelFolder.open(files)
+    folder = ModelFolder.open(files, settings.model_impl)
     device = choose_device(settings.device, shard.rank)
     dtype = choose_dtype(settings, folder.checkpoint.dtype, device)
-    if settings.quantization == "int8" and device.type != "cpu":
-        raise ConfigError("quantization 'int8' is for CPUs; leave it out, or set `device` to 'cpu'")
+    cache_dtype = choose_cache_dtype(settings, dtype)
+    _check_settings(settings, folder, device, shard)
+    eos = eos_token_ids(folder.path, folder.config)
     threads = settings.num_threads or max(1, physical_cores() // shard.size)
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    decoder = folder.decoder
-    assert decoder is not None
+    _check_fits(files, settings, folder, dtype, device, shard)
+    ops = native_ops(dtype, cache_dtype) if device.type == "cpu" else TorchOps()
+    model: Model
+    if folder.decoder is None:
+        model = foreign = load_transformers(folder, dtype=dtype, device=device, ops=ops)
+        layers, most_kv_heads = foreign.layers, foreign.layers[0].num_kv_heads
+        vocab_size, trained = foreign.vocab_size, foreign.max_position_embeddings
+    else:
+        vocab_size, trained = folder.decoder.vocab_size, folder.decoder.max_position_embeddings
+        model = own = load_decoder(
+            folder.decoder,
+            folder.checkpoint,
+            dtype=dtype,
+            device=device,
+            linear=linear_factory(settings.quantization, dtype, device),
+            ops=ops,
+            max_model_len=min(config.max_model_len or trained, trained),
+            shard=shard,
+            comm=comm or NoComm(),
+        )
+        layers, most_kv_heads = own.layers, -(-folder.decoder.num_kv_heads // shard.size)
     shape = CacheShape(
-        num_layers=decoder.num_layers,
-        num_kv_heads=-(-decoder.num_kv_heads // shard.size),
-        head_dim=decoder.head_dim,
+        num_layers=len(layers),
+        num_kv_heads=most_kv_heads,  # of any rank: all have as many blocks
+        head_dim=layers[0].head_dim,
         block_size=settings.block_size or default_block_size(device),
-        dtype=choose_cache_dtype(settings, dtype),
+        dtype=cache_dtype,
     )
-    _check_fits(files, settings, decoder, dtype, device, shard)
-    model = load_decoder(
-        decoder,
-        folder.checkpoint,
-        dtype=dtype,
-        device=device,
-        linear=linear_factory(settings.quantization, dtype, device),
-        ops=native_ops(dtype, shape.dtype) if device.type == "cpu" else TorchOps(),
-        max_model_len=min(config.max_model_len or decoder.max_position_embeddings, decoder.max_position_embeddings),
-        shard=shard,
-        comm=comm or NoComm(),
-    )
-    num_blocks, max_model_len = choose_lengths(
-        shape, cache_bytes(settings, device), decoder.max_position_embeddings, config, files.ref
-    )
+    num_blocks, max_model_len = choose_lengths(shape, cache_bytes(settings, device), trained, config, files.ref)
     details = {
         "architecture": folder.architecture,
-        "path": "inferflux decoder",
+        "path": "transformers" if folder.decoder is None else "inferflux decoder",
         "parameters": str(sum(math.prod(entry.shape) for entry in folder.checkpoint.tensors.values())),
         "dtype": dtype_name(dtype),
         "quantization": settings.quantization,
@@ -103,30 +110,44 @@ def load(
     if device.type == "cpu":
         details["threads"] = str(threads)
     info = ModelInfo(
-        vocab_size=decoder.vocab_size,
+        vocab_size=vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=eos_token_ids(folder.path, folder.config),
+        eos_token_ids=eos,
         details=details,
     )
-    return Loaded(model, shape.allocate(num_blocks, device), num_blocks, device, info)
+    cache = replace(shape, num_kv_heads=layers[0].num_kv_heads).allocate(num_blocks, device)
+    return Loaded(model, cache, num_blocks, device, info)
+
+
+def _check_settings(settings: TorchSettings, folder: ModelFolder, device: torch.device, shard: Shard) -> None:
+    if settings.quantization == "int8" and device.type != "cpu":
+        raise ConfigError("quantization 'int8' is for CPUs; leave it out, or set `device` to 'cpu'")
+    if folder.decoder is None:
+        served = f"{folder.architecture!r} is served by transformers, which has no"
+        if settings.quantization != "none":
+            raise ConfigError(f"{served} quantization {settings.quantization!r} here; leave it out")
+        if shard.size > 1:
+            raise ConfigError(f"{served} tensor parallelism here; set `tensor_parallel_size` to 1")
 
 
 def _check_fits(
-    files: ModelFiles,
-    settings: TorchSettings,
-    decoder: DecoderConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    shard: Shard,
+    files: ModelFiles, settings: TorchSettings, folder: ModelFolder, dtype: torch.dtype, device: torch.device, shard: Shard
 ) -> None:
     """Refuse what will not fit, before anything is allocated."""
-    item = 1 if settings.quantization == "int8" else dtype.itemsize
-    weights = sum(math.prod(dims) * item for dims in expected_tensors(decoder).values())
-    if decoder.tie_word_embeddings and device.type == "cpu":
-        weights += decoder.vocab_size * decoder.hidden_size * item  # the head's own layout of it
+    decoder = folder.decoder
+    what = f"model {files.ref!r} in {dtype_name(dtype)}, beside its KV cache,"
+    if decoder is None:
+        weights = transformers_bytes(folder, dtype)
+        if device.type != "cpu":
+            check_memory(weights, available_memory(), f"{what} read into main memory first,")
+    else:
+        item = 1 if settings.quantization == "int8" else dtype.itemsize
+        weights = sum(math.prod(dims) * item for dims in expected_tensors(decoder).values())
+        if decoder.tie_word_embeddings and device.type == "cpu":
+            weights += decoder.vocab_size * decoder.hidden_size * item  # the head's own layout of it
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         available = free - int(total * (1 - settings.gpu_memory_utilization))
     else:
         available = available_memory() - cache_bytes(settings, device)
-    check_memory(weights // shard.size, available, f"model {files.ref!r} in {dtype_name(dtype)}, beside its KV cache,")
+    check_memory(weights // shard.size, available, what)

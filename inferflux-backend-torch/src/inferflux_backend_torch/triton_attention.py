@@ -318,7 +318,8 @@ def choose_segments(programs: int, max_seq_len: int, num_sms: int, decode: bool)
     wanted = triton.cdiv(num_sms * _PROGRAMS_PER_SM, programs)
     if decode:
         wanted = max(wanted, triton.cdiv(max_seq_len, _LONGEST_SEGMENT))
-    return triton.next_power_of_2(max(1, min(wanted, max_seq_len // _SHORTEST_SEGMENT, _MOST_SEGMENTS)))
+    segments = max(1, min(wanted, max_seq_len // _SHORTEST_SEGMENT, _MOST_SEGMENTS))
+    return 1 << (segments - 1).bit_length()
 
 
 def paged_attention(

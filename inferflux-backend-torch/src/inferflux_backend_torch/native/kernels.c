@@ -2,6 +2,7 @@
  *
  * Expects  ELEMENT       the type of activations and cache: float, or uint16_t holding bfloat16
  *          LOAD(e)       element -> float          STORE(f)  float -> element, rounded to nearest even
+ *          WIDEN(to, from, n), NARROW(to, from, n)  the same for n elements, n even, in an order of floats that suits the type
  *          NAME(f)       f with a suffix for the pair
  * All arithmetic is in float. The meaning of every function is that of the method of the same name of ops.TorchOps.
  */
@@ -124,7 +125,7 @@ static inline void NAME(prefetch)(const ELEMENT *p, long dim) {
 }
 
 /* Attention of one query token's group of heads over tokens [first, last) of its sequence.
- * acc: [group, dim] unnormalised; best, total: [group], maximum of the scores and sum of exp(score - maximum).
+ * acc: [group, dim] unnormalised, in the order of WIDEN; best, total: [group], maximum of the scores and sum of exp(score - maximum).
  * TILE tokens at a time, so that each is converted once for all heads and the accumulators are touched once for the tile. */
 static inline __attribute__((always_inline)) void NAME(attend_dim)(
     const ELEMENT *q, const ELEMENT *keys, const ELEMENT *values, const int32_t *table, long first, long last, long group,
@@ -138,14 +139,17 @@ static inline __attribute__((always_inline)) void NAME(attend_dim)(
         if (++within == block_size) within = 0, block++;
     }
     for (long n = length; n < padded + AHEAD; n++) offsets[n] = offsets[length - 1];
-    _Pragma("omp simd")
-    for (long i = 0; i < group * dim; i++) query[i] = LOAD(q[i]) * scale;
+    for (long g = 0; g < group; g++) {
+        float *qg = query + g * dim;
+        WIDEN(qg, q + g * dim, dim);
+        _Pragma("omp simd")
+        for (long i = 0; i < dim; i++) qg[i] *= scale;
+    }
     for (long n = 0; n < padded; n += TILE) {
         for (long j = 0; j < TILE; j++) {
             const ELEMENT *k = keys + offsets[n + j];
             NAME(prefetch)(keys + offsets[n + j + AHEAD], dim);
-            _Pragma("omp simd")
-            for (long i = 0; i < dim; i++) tile[j][i] = LOAD(k[i]);
+            WIDEN(tile[j], k, dim);
         }
         for (long g = 0; g < group; g++) {
             const float *qg = query + g * dim;
@@ -182,8 +186,7 @@ static inline __attribute__((always_inline)) void NAME(attend_dim)(
         for (long j = 0; j < TILE; j++) {
             const ELEMENT *v = values + offsets[n + j];
             NAME(prefetch)(values + offsets[n + j + AHEAD], dim);
-            _Pragma("omp simd")
-            for (long i = 0; i < dim; i++) tile[j][i] = LOAD(v[i]);
+            WIDEN(tile[j], v, dim);
         }
         for (long g = 0; g < group; g++) {
             const float *p = scores[g] + n;
@@ -255,7 +258,8 @@ static int NAME(paged_attention)(const ELEMENT *qkv, ELEMENT *out, const ELEMENT
                 }
                 ELEMENT *to = out + rows[i] * heads * dim + (head * group + g) * dim;
                 _Pragma("omp simd")
-                for (long d = 0; d < dim; d++) to[d] = STORE(merged[d] / sum);
+                for (long d = 0; d < dim; d++) merged[d] /= sum;
+                NARROW(to, merged, dim);
             }
         }
     }

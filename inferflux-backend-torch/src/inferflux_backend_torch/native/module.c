@@ -21,6 +21,33 @@ static inline uint16_t store_bf16(float f) {
     return f != f ? 0x7FC0 : (uint16_t)rounded;
 }
 
+/* Pairs of bfloat16 are words of 32 bits: all first elements come before all second ones, which takes a shift and a mask
+ * where widening in order takes shuffles. */
+typedef uint32_t __attribute__((may_alias)) word;
+
+static inline __attribute__((always_inline)) void widen_bf16(float *to, const uint16_t *from, long n) {
+    const word *pairs = (const word *)from;
+    long half = n / 2;
+    union { uint32_t i; float f; } first, second;
+    _Pragma("omp simd private(first, second)")
+    for (long i = 0; i < half; i++) {
+        first.i = pairs[i] << 16, second.i = pairs[i] & 0xFFFF0000u;
+        to[i] = first.f, to[half + i] = second.f;
+    }
+}
+
+static inline __attribute__((always_inline)) void copy_f32(float *to, const float *from, long n) {
+    _Pragma("omp simd")
+    for (long i = 0; i < n; i++) to[i] = from[i];
+}
+
+static inline __attribute__((always_inline)) void narrow_bf16(uint16_t *to, const float *from, long n) {
+    word *pairs = (word *)to;
+    long half = n / 2;
+    _Pragma("omp simd")
+    for (long i = 0; i < half; i++) pairs[i] = store_bf16(from[i]) | (uint32_t)store_bf16(from[half + i]) << 16;
+}
+
 #define BASELINE_F32(f) f##_f32
 #define BASELINE_BF16(f) f##_bf16
 #define V3_F32(f) f##_f32_v3
@@ -31,6 +58,8 @@ static inline uint16_t store_bf16(float f) {
 #define ELEMENT float
 #define LOAD(e) (e)
 #define STORE(f) (f)
+#define WIDEN(to, from, n) copy_f32(to, from, n)
+#define NARROW(to, from, n) copy_f32(to, from, n)
 #define NAME BASELINE_F32
 #include "kernels.c"
 #undef NAME
@@ -42,8 +71,9 @@ static inline uint16_t store_bf16(float f) {
 #include "kernels.c"
 #undef NAME
 #pragma GCC pop_options
+/* AVX-512 with vectors of 256 bits: their sums over lanes take fewer shuffles, measured 1.7 times as fast for attention. */
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=256")
 #define NAME V4_F32
 #include "kernels.c"
 #undef NAME
@@ -52,10 +82,14 @@ static inline uint16_t store_bf16(float f) {
 #undef ELEMENT
 #undef LOAD
 #undef STORE
+#undef WIDEN
+#undef NARROW
 
 #define ELEMENT uint16_t
 #define LOAD(e) load_bf16(e)
 #define STORE(f) store_bf16(f)
+#define WIDEN(to, from, n) widen_bf16(to, from, n)
+#define NARROW(to, from, n) narrow_bf16(to, from, n)
 #define NAME BASELINE_BF16
 #include "kernels.c"
 #undef NAME
@@ -67,7 +101,7 @@ static inline uint16_t store_bf16(float f) {
 #undef NAME
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=256")
 #define NAME V4_BF16
 #include "kernels.c"
 #undef NAME

@@ -23,7 +23,7 @@ class EngineCounters:
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
 
-    def stats(self, *, num_running: int, num_waiting: int, kv_cache_usage: float) -> EngineStats:
+    def stats(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> EngineStats:
         """A snapshot of the counters, together with the gauges of this moment."""
         return EngineStats(
             num_running=num_running,

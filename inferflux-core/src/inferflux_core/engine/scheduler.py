@@ -294,17 +294,8 @@ class TokenBudgetScheduler(Scheduler):
         tokens = request.tokens
         num_known = len(tokens)
         sample = upto == num_known + request.num_in_flight
-        plan.rows.append(
-            Row(
-                slot=request.slot,
-                start=start,
-                n=n,
-                tokens=tokens[start:upto] if start < num_known else None,
-                n_draft=0,
-                sample=sample,
-                kv=ops,
-            )
-        )
+        known = tokens[start:upto] if start < num_known else None
+        plan.rows.append(Row(slot=request.slot, start=start, n=n, tokens=known, n_draft=0, sample=sample, kv=ops))
         plan.num_tokens += n
         request.num_scheduled_tokens = upto
         if sample:
@@ -424,9 +415,7 @@ class TokenBudgetScheduler(Scheduler):
     # --- books --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        return self._count.stats(
-            num_running=len(self.running), num_waiting=len(self.waiting), kv_cache_usage=self.kv.stats().usage
-        )
+        return self._count.stats(len(self.running), len(self.waiting), self.kv.stats().usage)
 
     def check_integrity(self) -> None:
         """Verify slots, the cache's books, what is in flight and what is being computed. For tests, after every step.

@@ -111,7 +111,7 @@ class Worker:
             self._send(outputs)
 
     def _receive(self, block: bool) -> list[EngineOutput]:
-        """Take in every message that is there; wait for the first one only when there is nothing to compute."""
+        """Take in every message that is there; wait for the first one only when nothing is to be computed or in flight."""
         outputs: list[EngineOutput] = []
         # Asked before every read, since a zmq.Again costs more than the question: this runs between any two steps.
         while self._running and (block or self._inbox.getsockopt(zmq.EVENTS)):
