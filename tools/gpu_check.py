@@ -4,8 +4,8 @@
     python tools/gpu_check.py --interpret           correctness only, small, anywhere: Triton interprets its kernels on the CPU
 
 Needs torch and triton, and of core's dependencies msgspec, pydantic and pluggy; transformers is the baseline where it is there.
-Prints a table in Markdown with ratios and the device, and writes the same as JSON to the folder that $OUT names. The exit status
-is 1 if a comparison failed; targets that are missed do not change it.
+Prints tables in Markdown with ratios and the device, and writes the same as JSON to the folder that $OUT names. The exit
+status is 1 if a comparison failed; targets that are missed do not change it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
 
     def within(share: float = 1.0) -> bool:
-        return time.monotonic() - began < options.minutes * 60 * share
+        return bool(time.monotonic() - began < options.minutes * 60 * share)
 
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from gpu_model import LLAMA_1B, QWEN3_06B, TINY, ModelShape, random_decoder
 from torch import Tensor
@@ -180,17 +181,17 @@ def _thresholds(vocab_size: int, device: torch.device) -> float:
 
 def _steps(device: torch.device) -> float:
     """1 for a difference."""
-    chance = random.Random(2)
+    chance = np.random.default_rng(2)
     ours, theirs = DeviceSteps(8, 4096, 32, device), HostSteps(8, 4096, 32, device)
     lengths = [0] * 8
     free = list(range(1, 2000))
     for _ in range(10):
         rows = []
-        for slot in chance.sample(range(8), 5):
-            start, n = lengths[slot], 1 if lengths[slot] and chance.random() < 0.5 else chance.randint(1, 300)
+        for slot in chance.permutation(8)[:5].tolist():
+            start, n = lengths[slot], 1 if lengths[slot] and chance.random() < 0.5 else int(chance.integers(1, 301))
             blocks = [free.pop() for _ in range(-(-(start + n) // 32) - -(-start // 32))]
             lengths[slot] += n
-            tokens = [chance.randrange(1000) for _ in range(n)]
+            tokens = chance.integers(1000, size=n).tolist()
             rows.append(Row(slot=slot, start=start, n=n, tokens=tokens, n_draft=0, sample=True, kv=PagedOps(blocks)))
         rows.sort(key=lambda row: row.n > 1)
         made = ours.inputs(rows, [0, 2]), theirs.inputs(rows, [0, 2])
@@ -213,13 +214,13 @@ def _decoder(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> flo
         model = random_decoder(shape, ops, dtype, device, 2048)
         cache = KVCache(shape.layers, 100, 32, shape.kv_heads, shape.head_dim, dtype, device)
         steps = HostSteps(4, 2048, 32, device)
-        chance = random.Random(4)
+        chance = np.random.default_rng(4)
         logits = []
         for work in (((0, 0, 20), (1, 0, 33)), ((0, 20, 1), (1, 33, 1), (2, 0, 40 if small else 700))):
             rows = []
             for slot, start, n in work:
                 blocks = range(1 + 30 * slot - -(-start // 32), 1 + 30 * slot - -(-(start + n) // 32))
-                tokens = [chance.randrange(shape.vocab_size) for _ in range(n)]
+                tokens = chance.integers(shape.vocab_size, size=n).tolist()
                 rows.append(Row(slot=slot, start=start, n=n, tokens=tokens, n_draft=0, sample=True, kv=PagedOps(blocks)))
             with torch.inference_mode():
                 logits.append(model.logits(model.forward(steps.inputs(rows, range(len(rows))), cache)))
@@ -290,10 +291,10 @@ def _runner(shape: ModelShape, device: torch.device) -> float:
         runner = make_runner(shape, ops, torch.float32, device, config, 300, plain)
         runner.warm_up()
         core = EngineCore.around(runner, config, load_plugins())
-        chance = random.Random(6)
+        chance = np.random.default_rng(6)
         for i in range(3 if small else 24):
-            prompt = [chance.randrange(shape.vocab_size) for _ in range(chance.randint(1, 40 if small else 400))]
-            drawing = {"temperature": 1.0, "seed": i, "top_p": 0.9} if i % 2 else {}
+            prompt = chance.integers(shape.vocab_size, size=chance.integers(1, 40 if small else 400)).tolist()
+            drawing: dict[str, Any] = {"temperature": 1.0, "seed": i, "top_p": 0.9} if i % 2 else {}
             tokens = 4 if small else 40
             core.add(make_request(prompt, request_id=str(i), max_tokens=tokens, ignore_eos=True, **drawing))
         answers: dict[str, list[int]] = {}

@@ -35,13 +35,15 @@ class ModelShape:
 
 
 QWEN3_06B = ModelShape(
-    name="Qwen3-0.6B", layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128, vocab_size=151936, qk_norm=True
+    name="Qwen3-0.6B", layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128,
+    vocab_size=151936, qk_norm=True,
 )  # fmt: skip
 LLAMA_1B = ModelShape(
     name="Llama-3.2-1B", layers=16, hidden=2048, intermediate=8192, heads=32, kv_heads=8, head_dim=64, vocab_size=128256
 )  # fmt: skip
 LLAMA_8B = ModelShape(
-    name="Llama-3.1-8B", layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab_size=128256, tied=False
+    name="Llama-3.1-8B", layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128,
+    vocab_size=128256, tied=False,
 )  # fmt: skip
 TINY = ModelShape(
     name="tiny", layers=2, hidden=48, intermediate=80, heads=6, kv_heads=2, head_dim=20, vocab_size=301, qk_norm=True

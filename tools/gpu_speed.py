@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from gpu_correctness import make_runner
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from inferflux_backend_torch import triton_attention, triton_sampler
+from inferflux_backend_torch.attention_tiles import Tile, choose_tile
 from inferflux_backend_torch.graphs import DecodeGraphs
 from inferflux_backend_torch.inputs import KVCache, StepInputs
 from inferflux_backend_torch.ops import AttentionLayer
-from inferflux_backend_torch.triton_attention import Tile
 from inferflux_backend_torch.triton_ops import TritonOps
 from inferflux_core.engine.loop import EngineCore
 from inferflux_core.interfaces import EngineConfig
@@ -148,7 +148,7 @@ def tune(within: Callable[[], bool]) -> Iterator[Figure]:
         ("prefill 4096, 1B (head_dim 64)", bench(LLAMA_1B, [4096], 4096), prefills),
     ):
         group = made.layer.num_heads // made.layer.num_kv_heads
-        chosen = triton_attention.choose_tile(made.inputs.max_query_len, group, made.layer.head_dim, torch.bfloat16)
+        chosen = choose_tile(made.inputs.max_query_len, group, made.layer.head_dim, torch.bfloat16)
         times = {chosen: milliseconds(made.run)}
         for candidate in candidates:
             tile = Tile(*candidate)
@@ -231,7 +231,8 @@ def single_decode(shape: ModelShape, limits: Ceilings, target: float) -> Figure:
         taken = milliseconds(lambda: graphs.run(inputs))
     floor = 2 * shape.num_weights / limits.bandwidth * 1e3
     return Figure(
-        f"decode step, 1 sequence, {shape.name}", taken, "ms", f"weights at copy bandwidth {floor:.3f} ms", floor / taken, target
+        f"decode step, 1 sequence, {shape.name}", taken, "ms", f"weights at copy bandwidth {floor:.3f} ms",
+        floor / taken, target,
     )  # fmt: skip
 
 
@@ -283,8 +284,8 @@ def engine(shape: ModelShape, requests: int, tokens: int, cache_dtype: torch.dty
 
 def prompts(shape: ModelShape, requests: int) -> list[list[int]]:
     """100 to 500 tokens each."""
-    chance = random.Random(0)
-    return [[chance.randrange(shape.vocab_size) for _ in range(chance.randint(100, 500))] for _ in range(requests)]
+    chance = np.random.default_rng(0)
+    return [chance.integers(shape.vocab_size, size=chance.integers(100, 501)).tolist() for _ in range(requests)]
 
 
 def transformers_rate(shape: ModelShape, requests: int, tokens: int) -> float:

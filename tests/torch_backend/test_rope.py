@@ -66,7 +66,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "mscale": 0.7,
         "mscale_all_dim": 1.3,
     },
-    "yarn-short": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+    "yarn-short": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2},
     "longrope": {
         "rope_type": "longrope",
         "short_factor": FACTORS,

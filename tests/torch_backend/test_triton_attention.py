@@ -10,14 +10,15 @@ pytest.importorskip("torch", reason="the torch backend is not installed")
 
 import torch
 
+from inferflux_backend_torch.attention_tiles import Tile, choose_segments, choose_tile
 from inferflux_backend_torch.ops import TorchOps
 from torch_backend.attention_case import AttentionCase, AttentionStep, attention_error, build
 from torch_backend.triton_interpreter import isolate, triton_attention, triton_ops
 
-_TILE = triton_attention.Tile(block_m=16, keys=16, num_warps=4, num_stages=2)
+_TILE = Tile(block_m=16, keys=16, num_warps=4, num_stages=2)
 
 
-def _attend(step: AttentionStep, tile: triton_attention.Tile, segments: int | None, num_sms: int = 1) -> torch.Tensor:
+def _attend(step: AttentionStep, tile: Tile, segments: int | None, num_sms: int = 1) -> torch.Tensor:
     """All sequences in one launch, as in a graph of mixed steps."""
     out = torch.full((step.qkv.shape[0], step.layer.q_size), torch.nan, dtype=step.qkv.dtype)
     triton_attention.paged_attention(
@@ -79,7 +80,7 @@ def test_any_mixture_in_one_launch(
         )
     )
     expected = _expected(step)
-    tile = triton_attention.Tile(block_m=16, keys=keys, num_warps=4, num_stages=2)
+    tile = Tile(block_m=16, keys=keys, num_warps=4, num_stages=2)
     torch.testing.assert_close(_attend(step, tile, segments), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -170,7 +171,7 @@ def test_great_scores_stay_finite() -> None:
     ],
 )
 def test_segments_follow_programs_and_the_longest_context(programs: int, max_seq_len: int, decode: bool, expected: int) -> None:
-    assert triton_attention.choose_segments(programs, max_seq_len, 132, decode) == expected
+    assert choose_segments(programs, max_seq_len, 132, decode) == expected
 
 
 @given(
@@ -180,7 +181,7 @@ def test_segments_follow_programs_and_the_longest_context(programs: int, max_seq
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_tiles_hold_a_group_and_are_powers_of_two(max_query_len: int, group: int, head_dim: int, dtype: torch.dtype) -> None:
-    tile = triton_attention.choose_tile(max_query_len, group, head_dim, dtype)
+    tile = choose_tile(max_query_len, group, head_dim, dtype)
     assert tile.block_m >= max(16, group)
     for size in (tile.block_m, tile.keys):
         assert size >= 16

@@ -126,7 +126,7 @@ class HostDraw:
             threshold = self._threshold(params, scaled, below, total)
             if threshold > below:
                 break
-        keep = (scaled >= threshold) & np.isfinite(scaled)
+        keep = scaled >= threshold
         return ids[keep], scaled[keep]
 
     def _threshold(self, params: SamplingParams, scaled: Row, below: np.float32, total: float | None) -> np.float32:

@@ -260,7 +260,8 @@ models: [{source: demo, backend_settings: {api_key: s3cr3t, step_ms: 2}}]
 
 
 def active_parts(*arguments: str) -> dict[tuple[str, str], str | None]:
-    result = inferflux("plugins", "--json", *arguments, env={"INFERFLUX_PLUGINS__BLOCKED": '["inferflux-backend-llamacpp"]'})
+    blocked = '["inferflux-backend-llamacpp", "inferflux-backend-torch"]'
+    result = inferflux("plugins", "--json", *arguments, env={"INFERFLUX_PLUGINS__BLOCKED": blocked})
     assert result.exit_code == 0
     rows = json.loads(result.stdout)
     assert all(row["active"] == (row["chosen_by"] is not None) for row in rows)

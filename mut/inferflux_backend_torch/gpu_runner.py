@@ -1,0 +1,107 @@
+"""The runner on GPUs: the host only enqueues work, and may be one step ahead of the device.
+
+A step is one transfer to the device, one graph, the sampler's kernels and one transfer back. What a step needs of the one
+before it, the tokens that were drawn, stays on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from inferflux_backend_torch.graphs import DecodeGraphs, Recorder
+from inferflux_backend_torch.inputs import StepInputs
+from inferflux_backend_torch.loading import Loaded
+from inferflux_backend_torch.runner import TorchRunner, TorchTicket
+from inferflux_backend_torch.settings import TorchSettings
+from inferflux_backend_torch.triton_sampler import TritonDraw
+from inferflux_backend_torch.triton_steps import DeviceSteps
+from inferflux_core.engine.types import Row
+from inferflux_core.interfaces import EngineConfig, GrammarMask, Ticket
+
+
+class GpuRunner(TorchRunner):
+    """Runs a model with Triton's kernels, decodes as CUDA graphs."""
+
+    def __init__(
+        self, loaded: Loaded, settings: TorchSettings, config: EngineConfig, recorder: Recorder | None = None
+    ) -> None:
+        """
+        Args:
+            recorder: how decode steps are repeated; by default CUDA graphs.
+        """
+        info, device = loaded.model_info, loaded.device
+        self._device_steps = DeviceSteps(config.max_num_seqs, info.max_model_len, loaded.cache.block_size, device)
+        super().__init__(
+            loaded,
+            config,
+            steps=self._device_steps,
+            draw=TritonDraw(info.vocab_size, config.max_num_seqs, device),
+            depth=2 if settings.async_scheduling else 1,
+        )
+        self._graphs = None
+        if settings.cuda_graphs and loaded.capturable:
+            self._graphs = DecodeGraphs(
+                self._forward,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=info.max_model_len,
+                block_size=loaded.cache.block_size,
+                device=device,
+                recorder=recorder,
+            )
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        return self._model.logits(self._model.forward(inputs, self._cache))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        super().warm_up()
+        if self._graphs is not None:
+            self._graphs.warm_up()
+
+    def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor, Callable[[], float]]:
+        elapsed = _stopwatch(self._cache.data.device)
+        decodes = self._graphs is not None and rows[-1].n == 1  # the longest come last
+        into = self._graphs.inputs_for(len(rows), max(row.start + 1 for row in rows)) if self._graphs and decodes else None
+        inputs = self._device_steps.inputs(rows, sampled, into)
+        if into is not None and self._graphs is not None:
+            logits = self._graphs.run(inputs)[: len(sampled)]
+        elif sampled:
+            logits = self._forward(inputs)
+        else:
+            logits = self._model.forward(inputs, self._cache)
+        return logits, elapsed()
+
+    def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
+        super().sample(ticket, mask)
+        assert isinstance(ticket, TorchTicket)
+        if ticket.samples is not None:
+            self._device_steps.remember(ticket.samples.token_ids)
+
+
+def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Start it; the first call stops it, and what that returns waits for the device and gives the milliseconds between."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            milliseconds = (time.perf_counter() - began) * 1e3
+            return lambda: milliseconds
+
+        return stop
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+
+    def stop_event() -> Callable[[], float]:
+        last.record()
+
+        def elapsed() -> float:
+            last.synchronize()
+            return first.elapsed_time(last)
+
+        return elapsed
+
+    return stop_event
