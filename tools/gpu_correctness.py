@@ -79,10 +79,10 @@ def run_checks(device: torch.device, interpreted: bool) -> Iterator[Check]:
 
 def _attention_cases(interpreted: bool) -> list[tuple[str, AttentionCase]]:
     if interpreted:
-        ragged = ((40, 1), (3, 1), (30, 9), (0, 17))
+        few = ((40, 1), (3, 1), (30, 9), (0, 17))
         return [
-            ("ragged", AttentionCase(sequences=ragged, heads=6, head_dim=20, rotary_dim=20, q_norm=True, k_norm=True)),
-            ("window, softcap, float16", AttentionCase(sequences=ragged, window=20, softcap=5.0, dtype=torch.float16)),
+            ("ragged", AttentionCase(sequences=few, heads=6, head_dim=20, rotary_dim=20, q_norm=True, k_norm=True)),
+            ("window, softcap, float16", AttentionCase(sequences=few, window=20, softcap=5.0, dtype=torch.float16)),
             ("long decodes", AttentionCase(sequences=((600, 1), (3, 1)))),
         ]
     decodes = tuple((context, 1) for context in (0, 1, 31, 32, 33, 500, 3000, 8191))

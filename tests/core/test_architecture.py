@@ -158,7 +158,7 @@ def test_nobody_unpickles() -> None:
 
 
 def test_backends_use_the_public_half_of_core() -> None:
-    """A backend's package imports what plugin authors may: interfaces, vocabulary, sampler, settings, errors, hooks, file names."""
+    """A backend imports what plugin authors may: interfaces, vocabulary, sampler, settings, errors, hooks, file names."""
     public = {
         "builtin",
         "engine.sampling",

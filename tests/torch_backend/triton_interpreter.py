@@ -7,6 +7,7 @@ Triton before (transformers does); the tests of a file then run in a process of 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 try:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds, elsewhere by pip install triton")
     with contextlib.suppress(ImportError):
-        pass  # imported by the first launch otherwise, and then asserts that the variable is set
+        # The first launch would import it, and it asserts that the variable is set.
+        importlib.import_module("triton.experimental.gluon")
     import triton.language as tl
 
     from inferflux_backend_torch import triton_attention, triton_kernels, triton_ops, triton_sampler, triton_steps

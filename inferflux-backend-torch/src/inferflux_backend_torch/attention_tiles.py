@@ -10,6 +10,8 @@ import torch
 _SHORTEST_SEGMENT = 256
 _LONGEST_SEGMENT = 8192
 _MOST_SEGMENTS = 64
+# Programs that keep a multiprocessor of a GPU busy when each waits for memory.
+_PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,13 @@ from inferflux_backend_torch.config_reader import ConfigReader
 from inferflux_backend_torch.weights import WeightNames
 
 Windows = Callable[[ConfigReader, int], list[bool]]
+"""Which of so many layers have a window."""
+
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def never(reader: ConfigReader, num_layers: int) -> list[bool]:
+    """No layer has a window."""
     return [False] * num_layers
 
 
@@ -51,6 +54,7 @@ def without_rope(reader: ConfigReader, num_layers: int) -> list[bool]:
 
 
 def rope_layers(reader: ConfigReader, num_layers: int) -> list[bool]:
+    """SmolLM 3: the layers that rotate queries and keys."""
     listed = reader.layers("no_rope_layers", num_layers, (0, 1))  # 1 stands for a layer that has rope
     if listed is not None:
         return [bool(rope) for rope in listed]

@@ -23,6 +23,7 @@ from inferflux_core.interfaces import EngineConfig, ModelFiles
 
 T = TypeVar("T")
 
+_MODULE = "inferflux_backend_torch.follower_process"
 # Less than the server gives an engine process to stop.
 _STOP_SECONDS = 3.0
 # A dying process closes its channel some moments before its exit status can be had.
@@ -53,9 +54,7 @@ class Followers:
             ours, theirs = socket.socketpair()
             self._channels.append(Channel(ours))
             with theirs:
-                self.processes.append(
-                    subprocess.Popen([sys.executable, "-m", "inferflux_backend_torch.follower_process"], stdin=theirs.fileno())
-                )
+                self.processes.append(subprocess.Popen([sys.executable, "-m", _MODULE], stdin=theirs.fileno()))
         for rank, channel in enumerate(self._channels, 1):
             spec = FollowerSpec(
                 files=files,
