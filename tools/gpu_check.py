@@ -2,6 +2,7 @@
 
     python tools/gpu_check.py [--minutes 9.5]       on a machine with a GPU
     python tools/gpu_check.py --interpret           correctness only, small, anywhere: Triton interprets its kernels on the CPU
+    python tools/gpu_check.py --compile 90          only whether the kernels compile for a GPU of that capability, anywhere
 
 Needs torch and triton, and of core's dependencies msgspec, pydantic and pluggy; transformers is the baseline where it is there.
 Prints tables in Markdown with ratios and the device, and writes the same as JSON to the folder that $OUT names. The exit
@@ -88,6 +89,7 @@ def figure_table(title: str, figures: Iterable[Figure]) -> list[Figure]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interpret", action="store_true", help="correctness only, on the CPU")
+    parser.add_argument("--compile", type=int, metavar="CAPABILITY", help="only compile the kernels, for e.g. 90 (Hopper)")
     parser.add_argument("--minutes", type=float, default=9.5, help="after which no further measurement begins (default: 9.5)")
     options = parser.parse_args(arguments)
     began = time.monotonic()
@@ -99,6 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     for folder in ("inferflux-core/src", "inferflux-backend-torch/src", "tests", "tools"):
         sys.path.insert(0, str(_ROOT / folder))
+    if options.compile:
+        import gpu_compile
+
+        say("| kernel | shared memory, bytes |\n|---|---|")
+        for kernel in gpu_compile.compile_kernels(options.compile):
+            say(f"| {kernel.name} | {kernel.shared_memory} |")
+        return 0
     import torch
 
     if not options.interpret and not torch.cuda.is_available():

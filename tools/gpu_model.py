@@ -96,4 +96,5 @@ def random_decoder(
         hidden_size=shape.hidden,
         dtype=dtype,
         device=device,
+        capturable=True,
     )

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
 
 from inferflux_backend_torch.backend import TorchBackend
+from inferflux_backend_torch.inputs import KVCache
+from inferflux_backend_torch.loading import Loaded, load
+from inferflux_backend_torch.runner import TorchRunner
 from inferflux_backend_torch.settings import TorchSettings
 from inferflux_core.interfaces import EngineConfig, ModelRunner
 from inferflux_core.testing.conformance import BackendConformance
+from inferflux_core.testing.driver import make_request
 from torch_backend.twin import twin_files
 
 FILES = twin_files()
@@ -24,12 +32,33 @@ _SENTENCES = [
 ]
 
 
+@cache
+def weights(dtype: str, quantization: str) -> Loaded:
+    """Loaded once for all tests; each runner gets a cache of its own."""
+    settings = TorchSettings.model_validate(
+        {
+            "device": "cpu",
+            "dtype": dtype,
+            "quantization": quantization,
+            "kv_cache_mib": 64,
+            "block_size": 16,
+            "num_threads": 1,  # threads that wait for each other are slow where other tests run beside
+        }
+    )
+    return load(FILES, settings, EngineConfig(max_model_len=256))
+
+
 class TorchConformance(BackendConformance):
-    settings = TorchSettings(device="cpu", kv_cache_mib=64, block_size=16)
+    dtype = "bfloat16"
+    quantization = "none"
     output_tokens = 8
+    logprob_noise = 0.5
 
     def make_runner(self, config: EngineConfig) -> ModelRunner:
-        return TorchBackend(self.settings).runner(FILES, config)
+        loaded = weights(self.dtype, self.quantization)
+        layers, _, blocks, block_size, heads, width = loaded.cache.data.shape
+        cache = KVCache(layers, blocks, block_size, heads, width, loaded.cache.data.dtype, torch.device("cpu"))
+        return TorchRunner(replace(loaded, cache=cache), config)
 
     def prompt(self, length: int, variant: int = 0) -> Sequence[int]:
         cycle = TOKENIZER.encode(_SENTENCES[variant % len(_SENTENCES)], add_special=False, parse_special=False)
@@ -37,9 +66,22 @@ class TorchConformance(BackendConformance):
 
 
 class TestFloat32(TorchConformance):
-    settings = TorchSettings(device="cpu", dtype="float32", kv_cache_mib=64, block_size=16)
+    dtype = "float32"
     logprob_noise = 0.01
 
 
 class TestBfloat16(TorchConformance):
-    logprob_noise = 0.5
+    pass
+
+
+class TestInt8(TorchConformance):
+    quantization = "int8"
+
+    def test_a_seed_reproduces_in_any_company(self) -> None:
+        """As long as batches stay below 64 rows: larger ones are multiplied in another way, and round otherwise."""
+        prompt, params = self.prompt(9, 1), {"temperature": 1.0, "seed": 7, "max_tokens": self.output_tokens}
+        driver = self.driver()
+        alone = driver.generate(make_request(prompt, **params))[0]
+        company = [make_request(self.prompt(9, v), temperature=1.0, seed=v, max_tokens=20) for v in (2, 3, 4)]
+        together = driver.generate(*company, make_request(prompt, **params))[-1]
+        assert together.token_ids == alone.token_ids

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,23 +21,18 @@ pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="transformers builds the models")
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from inferflux_backend_torch import followers as followers_module
 from inferflux_backend_torch import loading
 from inferflux_backend_torch.backend import TorchBackend
 from inferflux_backend_torch.communicator import DistributedComm
-from inferflux_backend_torch.follower_process import follow
 from inferflux_backend_torch.followers import RankDied
-from inferflux_backend_torch.rank_messages import TO_FOLLOWER, Channel, Plan, WarmUp, encode
 from inferflux_backend_torch.settings import TorchSettings
 from inferflux_backend_torch.tensor_parallel import TensorParallelRunner
 from inferflux_core.engine.types import ModelRunnerOutput, PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit
 from inferflux_core.errors import ConfigError, ModelFileError
 from inferflux_core.interfaces import (
-    Capabilities,
     EngineConfig,
     GrammarMask,
     ModelFiles,
@@ -49,9 +43,7 @@ from inferflux_core.interfaces import (
 from inferflux_core.models.sources import PathSource
 from inferflux_core.testing.conformance import BackendConformance
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
-from served import ServedInferFlux, serving, until
 from torch_backend.tiny_models import VOCAB, tiny_model
-from torch_backend.twin import demo_twin
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
@@ -260,6 +252,7 @@ def test_nobody_else_can_reach_it(pair: TensorParallelRunner) -> None:
 
 def test_closed_it_leaves_no_process_and_no_file(llama: ModelFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    threads = threading.enumerate()
     runner = shared(llama)
     assert list(tmp_path.iterdir()) == [], "nobody needs to meet any more, so there is nothing to tidy up after a crash"
     processes = runner._followers.processes
@@ -267,7 +260,7 @@ def test_closed_it_leaves_no_process_and_no_file(llama: ModelFiles, monkeypatch:
     runner.close()
     assert [process.returncode for process in processes] == [0], "it ended by itself"
     assert not any(is_alive(process.pid) for process in processes)
-    assert not [thread for thread in threading.enumerate() if thread.name == "inferflux-ranks"]
+    assert threading.enumerate() == threads
 
 
 def running(runner: ModelRunner) -> EngineDriver:
@@ -322,7 +315,9 @@ def test_what_waits_on_a_device_for_a_dead_follower_is_aborted(llama: ModelFiles
     monkeypatch.setattr(DistributedComm, "abort", lambda comm: OnDevice.aborted.set())
     runner = shared(llama)
     runner._runner = OnDevice(runner._runner)
-    ticket = runner.launch(SchedulerOutput(step=1, rows=[Row(0, 0, 1, (5,), 0, True, PagedOps((1,)))], num_tokens=1))
+    row = Row(slot=0, start=0, n=1, tokens=(5,), n_draft=0, sample=True, kv=PagedOps((1,)))
+    init = SequenceInit(slot=0, params=SamplingParams(max_tokens=1), tokens=[5], num_prompt_tokens=1)
+    ticket = runner.launch(SchedulerOutput(step=1, rows=[row], num_tokens=1, start=[init]))
     runner.sample(ticket, None)
     assert not OnDevice.aborted.is_set()
     os.kill(pids(runner)[0], signal.SIGKILL)
@@ -376,10 +371,6 @@ def test_what_any_rank_finds_wrong_is_the_reason(llama: ModelFiles, tmp_path: Pa
     assert_refused(damaged(llama, tmp_path, damage), f"^{rank}.*layers.1.self_attn.q_proj.weight")
 
 
-def test_a_cache_too_small_for_one_sequence_is_refused(llama: ModelFiles) -> None:
-    assert_refused(llama, "kv_cache_mib", block_size=512)
-
-
 def test_a_follower_that_dies_while_loading_is_the_reason(llama: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followers_module, "_MODULE", "keyword")  # imports, says nothing, and ends
     assert_refused(llama, f"model {re.escape(repr(llama.ref))} can't be loaded: tensor parallel rank 1 exited with status 0; ")
@@ -389,130 +380,3 @@ def test_a_rank_without_a_device_is_refused(llama: ModelFiles) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert_refused(llama, "device 'cuda' is not there", ConfigError, device="cuda")
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-ids = st.integers(0, 2**20)
-rows = st.builds(
-    Row,
-    slot=ids,
-    start=ids,
-    n=ids,
-    tokens=st.none() | st.lists(ids),
-    n_draft=ids,
-    sample=st.booleans(),
-    kv=st.builds(PagedOps, st.lists(ids)),
-)
-params = st.builds(
-    SamplingParams,
-    max_tokens=ids,
-    temperature=st.floats(0, 2),
-    logit_bias=st.dictionaries(ids, st.floats(-100, 100)),
-    seed=st.integers(0, 2**64 - 1),
-    stop_token_ids=st.frozensets(ids),
-    logprobs=st.none() | st.integers(0, 20),
-)
-inits = st.builds(SequenceInit, slot=ids, params=params, tokens=st.lists(ids), num_prompt_tokens=ids)
-plans = st.builds(SchedulerOutput, step=ids, rows=st.lists(rows), num_tokens=ids, start=st.lists(inits), free=st.lists(ids))
-
-
-@given(st.lists(plans, max_size=3))
-def test_plans_survive_the_way(sent: list[SchedulerOutput]) -> None:
-    ours, theirs = (Channel(end) for end in socket.socketpair())
-    for plan in sent:
-        ours.send(Plan.of(plan))
-    ours.end()
-    for plan in sent:
-        message = theirs.receive(TO_FOLLOWER)
-        assert isinstance(message, Plan)
-        assert message.plan() == plan
-    with pytest.raises(EOFError):
-        theirs.receive(TO_FOLLOWER)
-    ours.close()
-    theirs.close()
-
-
-@given(plans, st.data())
-def test_half_a_message_is_the_end(plan: SchedulerOutput, data: st.DataObject) -> None:
-    message = encode(Plan.of(plan))
-    ours, theirs = (Channel(end) for end in socket.socketpair())
-    ours.send_encoded(message[: data.draw(st.integers(0, len(message) - 1))])
-    ours.close()
-    with pytest.raises(EOFError):
-        theirs.receive(TO_FOLLOWER)
-    theirs.close()
-
-
-class Scripted(Kept):
-    """Writes down what is asked of it."""
-
-    def __init__(self, depth: int) -> None:
-        self.caps = Capabilities(max_num_seqs=1, max_num_batched_tokens=1, depth=depth)
-        self.calls: list[str] = []
-
-    def warm_up(self) -> None:
-        self.calls.append("warm up")
-
-    def launch(self, plan: SchedulerOutput) -> Ticket:
-        self.calls.append(f"launch {plan.step}")
-        return Ticket(plan)
-
-    def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
-        self.calls.append(f"sample {ticket.plan.step}")
-
-    def collect(self, ticket: Ticket) -> ModelRunnerOutput:
-        self.calls.append(f"collect {ticket.plan.step}")
-        return ModelRunnerOutput(ticket.plan.step, [], [], 0.0)
-
-
-@pytest.mark.parametrize(
-    ("depth", "calls"),
-    [
-        (1, "warm up, launch 1, sample 1, collect 1, launch 2, sample 2, collect 2"),
-        (2, "warm up, launch 1, sample 1, launch 2, collect 1, sample 2, collect 2"),
-    ],
-)
-def test_followers_make_an_engines_calls(depth: int, calls: str) -> None:
-    ours, theirs = (Channel(end) for end in socket.socketpair())
-    ours.send(WarmUp())
-    for step in (1, 2):
-        ours.send(Plan.of(SchedulerOutput(step=step, rows=[], num_tokens=0)))
-    ours.end()
-    runner = Scripted(depth)
-    follow(runner, theirs)
-    ours.close()
-    theirs.close()
-    assert ", ".join(runner.calls) == calls
-
-
-# --- served -----------------------------------------------------------------------------------------------------------
-
-
-def answer(server: ServedInferFlux) -> str:
-    body = {"model": "twin", "prompt": "The capital of France is", "max_tokens": 3, "temperature": 0}
-    text: str = server.post("/v1/completions", body).json()["choices"][0]["text"]
-    return text
-
-
-def test_served(tmp_path: Path) -> None:
-    """It answers; comes back when a follower dies; and all its processes die with a server that is killed."""
-    config = tmp_path / "inferflux.yaml"
-    torch_settings = {"tensor_parallel_size": 2, "num_threads": 1, "kv_cache_mib": 64, "device": "cpu"}
-    config.write_text(
-        json.dumps({"models": [{"source": str(demo_twin()), "name": "twin"}], "backends": {"torch": torch_settings}})
-    )
-    with serving("--config", str(config), "--max-model-len", "256", "--max-num-seqs", "2") as server:
-        assert "Paris" in answer(server)
-        engine = server.engine_pid()
-        (follower,) = children(engine)
-        os.kill(follower, signal.SIGKILL)
-        refused = server.post("/v1/completions", {"model": "twin", "prompt": "Hello", "max_tokens": 3})
-        assert refused.status_code == 503
-        until(lambda: server.health()["state"] == "ready" and server.health()["restarts"] == 1)
-        assert "Paris" in answer(server)
-        everyone = [engine := server.engine_pid(), *children(engine)]
-        assert len(everyone) == 2
-        server.process.kill()
-        server.process.wait(DEADLINE)
-        until(lambda: not any(is_alive(pid) for pid in everyone))

@@ -35,16 +35,22 @@ log = logging.getLogger(__name__)
 _PAGED: Final = "inferflux"
 _ATTENTION: Final = "inferflux_attention"
 _LISTED = 5
-# Of the logits, by root mean square: several times what rounding makes of a deep model, a fraction of what a wrong mask does.
-_TOLERANCE: Final = {torch.float32: 0.002}
-_ROUNDED_TOLERANCE: Final = 0.1
+# How far a token's logits may be off, by root mean square, against their spread: several times what rounding makes of a deep
+# model (measured: 0.03 for 30 layers in bfloat16), a fraction of what a lost mask, position or state does.
+_TOLERANCE: Final = {torch.float32: 0.01}
+_ROUNDED_TOLERANCE: Final = 0.25
 
 
 @dataclass(slots=True)
 class _Step:
-    """What the attention of all layers works on; set anew for each step."""
+    """What the attention of all layers works on; set anew for each step.
+
+    Attributes:
+        dtype: of the model, which `ops` are made for.
+    """
 
     ops: TorchOps
+    dtype: torch.dtype
     inputs: StepInputs
     cache: KVCache
 
@@ -63,10 +69,11 @@ class _PagedAttention:
         assert step is not None
         query, key, value, _ = pad_heads(query, key, value)
         tokens = query.shape[2]
-        qkv = torch.cat([x[0].transpose(0, 1).reshape(tokens, -1) for x in (query, key, value)], 1)
+        # In the type that the cache and its kernels are made for; some models rotate in float32.
+        qkv = torch.cat([x[0].transpose(0, 1).reshape(tokens, -1) for x in (query, key, value)], 1).to(step.dtype)
         step.ops.rope_and_cache(qkv, layer, step.inputs, step.cache)
-        out = step.ops.attention(qkv, layer, step.inputs, step.cache)
-        return out.view(1, tokens, layer.num_heads, layer.head_dim)[..., : self._value_dim]
+        out = step.ops.attention(qkv, layer, step.inputs, step.cache).to(query.dtype)
+        return out.view(1, tokens, layer.num_heads, layer.head_dim)[..., : self._value_dim].contiguous()
 
 
 def _paged_attention(
@@ -89,6 +96,7 @@ class TransformersModel:
     def __init__(self, module: Any, ops: TorchOps) -> None:
         self._module = module
         self._ops = ops
+        self._dtype: torch.dtype = module.dtype
         self.max_position_embeddings = max_positions(module.config)
         self.step: _Step | None = None
         with torch.inference_mode():
@@ -104,7 +112,7 @@ class TransformersModel:
         Returns:
             [R, V], logits already: what a model does between hidden states and logits is known to its own forward pass only.
         """
-        return self._forward(_Step(self._ops, inputs, cache))
+        return self._forward(_Step(self._ops, self._dtype, inputs, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `forward` returned."""
@@ -151,7 +159,7 @@ class TransformersModel:
     def _check(self, sequences: list[Tensor], references: list[Tensor]) -> None:
         """Refuse the model unless the cache gives what it gives without one."""
         first, second = (sequence[0].tolist() for sequence in sequences)
-        layer, dtype, device = self.layers[0], self._module.dtype, self._module.device
+        layer, dtype, device = self.layers[0], self._dtype, self._module.device
         cache = KVCache(len(self.layers), 3, 16, layer.num_kv_heads, layer.head_dim, dtype, device)
         steps = HostSteps(2, 16, 16, device)
         for slot in range(2):
@@ -164,15 +172,18 @@ class TransformersModel:
         for rows in chunks:
             inputs = steps.inputs(rows, [0, 1])
             every = torch.arange(len(inputs.token_ids), device=device)
-            results.append(self._forward(_Step(TorchOps(), replace(inputs, logits_indices=every), cache)).float())
-        paged = [torch.cat((results[0][:7], results[1][1:])), torch.cat((results[0][7:], results[1][:1]))]
+            results.append(self._forward(_Step(TorchOps(), dtype, replace(inputs, logits_indices=every), cache)).float())
+        one, other = references
+        wanted = [torch.cat((one[:7], other[:5])), torch.cat((other[5:], one[7:]))]
         tolerance = _TOLERANCE.get(dtype, _ROUNDED_TOLERANCE)
-        for got, wanted in zip(paged, references, strict=True):
-            error = float((got - wanted).square().mean().sqrt() / wanted.std().clamp(min=1e-6))
+        for paged, reference in zip(results, wanted, strict=True):
+            errors = (paged - reference).square().mean(1).sqrt() / reference.std(1).clamp(min=1e-6)
+            # Of most tokens: rounding may send a few to other experts.
+            error = float(errors.median())
             if not error <= tolerance:
                 raise ModelFileError(
                     f"over the paged cache its logits differ by {error:.2g} of their spread from those without a cache; "
-                    f"{tolerance} is rounding in {dtype_name(dtype)}"
+                    f"rounding in {dtype_name(dtype)} explains up to {tolerance}"
                 )
 
 
@@ -218,7 +229,9 @@ def transformers_bytes(folder: ModelFolder, dtype: torch.dtype) -> int:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # in the server's log it is noise
     AttentionInterface.register(_PAGED, _paged_attention)
     AttentionInterface.register(RECORD, record_attention)
     AttentionMaskInterface.register(RECORD, record_mask)

@@ -56,6 +56,7 @@ def causal_lm(raw: Mapping[str, Any]) -> tuple[type[Any], Any]:
             f"knows; for 'model_type' {model_type!r} that is {known}"
         )
     _check(architecture, config, model_class, version)
+    max_positions(config)
     return model_class, config
 
 

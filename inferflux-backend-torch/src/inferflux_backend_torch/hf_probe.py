@@ -5,7 +5,7 @@ paged kernel never sees. So a model is tried before it is served, with its own w
 
     reference    the model as transformers runs it, one sequence at a time
     record       the same with `record_attention`: notes heads, scale, window and softcap of each layer, and refuses a mask that
-                 is not exactly causal, or causal within that window, at positions far beyond those of the trial too
+                 is not exactly causal, or causal within a window, at positions far beyond those of the trial too
     paged        the sequences together, in two chunks, from the cache: must give the logits of the reference
 """
 
@@ -26,11 +26,12 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """transformers' mask function: (batch, head, query, token) indices -> whether the query sees the token."""
 
 RECORD: Final = "inferflux-record"
-_RECORDED, _SEES = "inferflux_recorded", "inferflux_sees"
+_RECORDED, _WINDOW = "inferflux_recorded", "inferflux_window"
+_FARTHEST = 1 << 20  # position that masks are tried at; a window as wide as that is none
+_UNKNOWN = -1
 # Arguments of attention that change nothing for tokens already rotated and a model in evaluation mode.
 _HARMLESS: Final = frozenset(
-    {"position_ids", "position_embeddings", "cache_position", "past_key_values", "use_cache", "output_attentions", "dropout"}
-    | {"is_causal", "deterministic"}
+    {"position_ids", "position_embeddings", "cache_position", "past_key_values", "dropout", "sliding_window"}
 )
 
 
@@ -73,7 +74,6 @@ def record_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -92,17 +92,18 @@ def record_attention(
         ModelFileError: the layer wants something else than causal attention of each query over the tokens before it.
     """
     for name, argument in kwargs.items():
-        if argument is not None and name not in _HARMLESS:
+        # Flags choose what a model returns beside its logits.
+        if not (argument is None or isinstance(argument, bool) or name in _HARMLESS):
             raise ModelFileError(f"its attention takes {name!r}, which is unknown here")
     if getattr(module, _RECORDED, None) is not None:
         raise ModelFileError("it runs a layer more than once in a step")
     heads, kv_heads, value_dim = query.shape[1], key.shape[1], value.shape[3]
     if query.shape[0] != 1 or key.shape[2] != query.shape[2] or value.shape[1] != kv_heads or heads % kv_heads:
         raise ModelFileError(f"its attention is of an unknown form: {[tuple(t.shape) for t in (query, key, value)]}")
-    window = int(sliding_window) if sliding_window else None
-    sees: Sees | None = getattr(attention_mask, _SEES, None)
-    if sees is None or not _is_causal(sees, window, query.device):
-        raise ModelFileError(f"its attention mask is not causal within a window of {window} tokens (None: all before it)")
+    # The mask, and not `sliding_window`, which some models leave out and others name for layers without a window.
+    window = getattr(attention_mask, _WINDOW, _UNKNOWN)
+    if window == _UNKNOWN:
+        raise ModelFileError("its attention mask is not causal, or more than causal within a window")
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     query, key, value, head_dim = pad_heads(query, key, value)
     layer = AttentionLayer(
@@ -116,16 +117,16 @@ def record_attention(
     )
     setattr(module, _RECORDED, Recorded(module, layer, value_dim))
     out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), layer, 0)
-    return out[..., :value_dim].to(query.dtype).unsqueeze(0), None
+    return out[..., :value_dim].to(query.dtype).unsqueeze(0).contiguous(), None
 
 
 def record_mask(*args: Any, mask_function: Sees, **kwargs: Any) -> Tensor | None:
-    """transformers' own mask, with the function that says what it holds at any position."""
+    """transformers' own mask, marked with its window if it is causal."""
     from transformers.masking_utils import eager_mask
 
     mask: Tensor | None = eager_mask(*args, mask_function=mask_function, **kwargs)
-    if mask is not None:
-        setattr(mask, _SEES, mask_function)
+    if mask is not None and (window := _causal_window(mask_function, mask.device)) != _UNKNOWN:
+        setattr(mask, _WINDOW, window)
     return mask
 
 
@@ -136,17 +137,21 @@ def pad_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query, key, value, size
 
 
-def _is_causal(sees: Sees, window: int | None, device: torch.device) -> bool:
-    """Whether a query sees itself and the tokens before it, within the window, at the positions where masks change."""
-    steps = {0, 1, *(s << k for s in (1, 3) for k in range(20)), *((window, 2 * window) if window is not None else ())}
+def _causal_window(sees: Sees, device: torch.device) -> int | None:
+    """How many tokens a query sees, itself included; None where it is all before it, _UNKNOWN where it is neither."""
+    tokens = torch.arange(_FARTHEST + 1, device=device)
+    zeros = torch.zeros_like(tokens)
+    seen = int(sees(zeros, zeros, torch.full_like(tokens, _FARTHEST), tokens).sum())
+    window = None if seen == len(tokens) else seen
+    # Everywhere else by samples, densest where masks change: near the query, the window's end, and powers of two.
+    steps = {0, 1, *(factor << k for factor in (1, 3) for k in range(19)), *((window, 2 * window) if window else ())}
     near = sorted({max(0, step + d) for step in steps for d in (-1, 0, 1)})
-    positions = torch.tensor(near, device=device)
-    query, back = (grid.flatten() for grid in torch.meshgrid(positions, positions, indexing="ij"))
-    # Distances backwards, the same forwards, and absolute positions.
-    token = torch.cat(((query - back).clamp(min=0), query + back, back))
+    grid = torch.meshgrid(torch.tensor(near, device=device), torch.tensor(near, device=device), indexing="ij")
+    query, other = (part.flatten() for part in grid)
+    token = torch.cat(((query - other).clamp(min=0), query + other, other))
     query = query.repeat(3)
     wanted = token <= query
     if window is not None:
         wanted &= token > query - window
-    zeros = torch.zeros_like(query)
-    return bool((sees(zeros, zeros, query, token).expand_as(wanted) == wanted).all())
+    zeros = zeros[: len(query)]
+    return window if bool((sees(zeros, zeros, query, token) == wanted).all()) else _UNKNOWN

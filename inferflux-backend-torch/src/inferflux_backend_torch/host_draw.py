@@ -74,7 +74,7 @@ class HostDraw:
             tokens = rows.argmax(axis=-1)
             plain = np.isfinite(np.take_along_axis(rows, tokens[:, np.newaxis], axis=-1)[:, 0])
         for i in np.flatnonzero(~plain).tolist():
-            tokens[i] = possible(float_row(logits, i)).argmax()
+            tokens[i] = possible(float_row(logits, i))[0].argmax()
         return torch.from_numpy(tokens)
 
     def draw(self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -90,7 +90,7 @@ class HostDraw:
         few: dict[int, _Contest] = {}
         with np.errstate(over="ignore", invalid="ignore"):
             for i, (row, slot, position) in enumerate(zip(rows, slots, positions, strict=True)):
-                contest = self._contest(slot, position, possible(float_row(logits, row)))
+                contest = self._contest(slot, position, *possible(float_row(logits, row)))
                 if len(contest.ids) > _FEW:
                     tokens[i] = self._winner(contest, contest.ids, contest.scaled)
                 else:
@@ -99,9 +99,8 @@ class HostDraw:
                 tokens[list(few)] = self._winners(list(few.values()))
         return torch.from_numpy(tokens)
 
-    def _contest(self, slot: int, position: int, row: Row) -> _Contest:
+    def _contest(self, slot: int, position: int, row: Row, highest: np.float32) -> _Contest:
         params = self._params[slot]
-        highest = row.max()
         if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0:
             return _Contest(slot, position, *self._survivors(params, row, highest))
         # Shifted first: a tiny temperature would overflow otherwise.
@@ -200,10 +199,16 @@ def float_row(logits: Tensor, row: int) -> Row:
     return values
 
 
-def possible(row: Row) -> Row:
-    """The row, or what the reference makes of it where it is broken: NaN is impossible, +inf certain, else all are equal."""
-    if np.isfinite(row.max()):  # which is NaN if anything is
-        return row
+def possible(row: Row) -> tuple[Row, np.float32]:
+    """The row and its highest logit, a number. Broken rows are replaced as in the reference.
+
+    NaN is impossible, +inf certain, and if nothing is possible all are equal.
+    """
+    highest = row.max()  # which is NaN if anything is
+    if np.isfinite(highest):
+        return row, highest
     row = np.where(np.isnan(row), np.float32(-np.inf), row)
     highest = row.max()
-    return row if np.isfinite(highest) else np.where(row == highest, np.float32(0), np.float32(-np.inf))
+    if np.isfinite(highest):
+        return row, highest
+    return np.where(row == highest, np.float32(0), np.float32(-np.inf)), np.float32(0)

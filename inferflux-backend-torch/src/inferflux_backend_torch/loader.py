@@ -144,6 +144,7 @@ class _Loader:
         self._max_model_len = max_model_len
         self._shard = shard
         self._comm = comm
+        self._capturable = True
         self._tables: dict[RopeConfig, Tensor] = {}
 
     def load(self) -> Decoder:
@@ -173,6 +174,7 @@ class _Loader:
             hidden_size=config.hidden_size,
             dtype=reader.dtype,
             device=reader.device,
+            capturable=self._capturable,
         )
 
     def _vocabulary_rows(self, name: str) -> Tensor:
@@ -314,6 +316,7 @@ class _Loader:
         else:
             first, second = ([self._linear(weight) for weight in stacked] for stacked in (gate_up, down))
             experts = LoopedExperts(self._ops, first, second, config.activation)
+            self._capturable = False
         shared = None
         if moe.shared_intermediate_size:
             mlp = self._mlp(prefix, names.shared_gate_up, names.shared_down, moe.shared_intermediate_size)

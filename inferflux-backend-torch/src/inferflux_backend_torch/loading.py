@@ -41,13 +41,19 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is ready to run."""
+    """A model that is ready to run.
+
+    Attributes:
+        num_blocks: of the cache, block 0 included, which holds padding.
+        capturable: whether a step never waits for the device, so that a CUDA graph can hold it.
+    """
 
     model: Model
     cache: KVCache
     num_blocks: int
     device: torch.device
     model_info: ModelInfo
+    capturable: bool
 
 
 def load(
@@ -75,6 +81,7 @@ def load(
         model = foreign = load_transformers(folder, dtype=dtype, device=device, ops=ops)
         layers, most_kv_heads = foreign.layers, foreign.layers[0].num_kv_heads
         vocab_size, trained = foreign.vocab_size, foreign.max_position_embeddings
+        capturable = False  # hundreds of architectures, many of which look at positions or routes on the host
     else:
         vocab_size, trained = folder.decoder.vocab_size, folder.decoder.max_position_embeddings
         model = own = load_decoder(
@@ -89,6 +96,7 @@ def load(
             comm=comm or NoComm(),
         )
         layers, most_kv_heads = own.layers, -(-folder.decoder.num_kv_heads // shard.size)
+        capturable = own.capturable
     shape = CacheShape(
         num_layers=len(layers),
         num_kv_heads=most_kv_heads,  # of any rank: all have as many blocks
@@ -116,7 +124,7 @@ def load(
         details=details,
     )
     cache = replace(shape, num_kv_heads=layers[0].num_kv_heads).allocate(num_blocks, device)
-    return Loaded(model, cache, num_blocks, device, info)
+    return Loaded(model, cache, num_blocks, device, info, capturable)
 
 
 def _check_settings(settings: TorchSettings, folder: ModelFolder, device: torch.device, shard: Shard) -> None:

@@ -44,8 +44,7 @@ def host_logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, most: int) -> tu
     values = np.empty((len(rows), 1 + most), dtype=np.float32)
     ids = np.empty((len(rows), most), dtype=np.int64)
     for i, (index, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
-        row = possible(float_row(logits, index))
-        highest = row.max()
+        row, highest = possible(float_row(logits, index))
         with np.errstate(over="ignore"):
             relative = row - highest
         if most:

@@ -323,6 +323,7 @@ class Decoder:
     Attributes:
         layers: attention of each layer, from which head counts and windows of this rank can be read.
         dtype, device: of the weights and of the hidden states.
+        capturable: whether a step never waits for the device, so that a CUDA graph can hold it.
     """
 
     def __init__(
@@ -335,6 +336,7 @@ class Decoder:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        capturable: bool,
     ) -> None:
         self._embedding = embedding
         self._first_norm = first_norm
@@ -344,6 +346,7 @@ class Decoder:
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
+        self.capturable = capturable
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Compute one step: writes the keys and values of all its tokens to the cache.

@@ -46,7 +46,7 @@ class TensorParallelRunner(ModelRunner):
         try:
             device = choose_device(settings.device, shard.rank)
             followers.wait_started()
-            with tempfile.TemporaryDirectory(prefix="inferflux-") as folder, followers.needed():
+            with tempfile.TemporaryDirectory(prefix="inferflux-ranks-") as folder, followers.needed():
                 store = str(Path(folder, "store"))
                 followers.send(Join(store))
                 comm = DistributedComm.join(store, shard, device)
