@@ -13,7 +13,7 @@ setup(
         Extension(
             "inferflux_backend_torch._native",
             sources=[f"{_FOLDER}/module.c"],
-            depends=[f"{_FOLDER}/kernels.c"],
+            depends=[f"{_FOLDER}/kernels.c", f"{_FOLDER}/noise.c"],
             extra_compile_args=["-O3", "-fopenmp", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math"],
             optional=True,
         )

@@ -14,30 +14,31 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="the torch backend needs torch")
-transformers = pytest.importorskip("transformers", reason="the fallback is the extra inferflux-backend-torch[transformers]")
+pytest.importorskip("torch", reason="the torch backend needs torch")
+pytest.importorskip("transformers", reason="the fallback is the extra inferflux-backend-torch[transformers]")
 
-from hypothesis import given, settings, strategies  # noqa: E402  # after the skips
-from safetensors.torch import load_file, save_file  # noqa: E402  # after the skips
-from tokenizers import Tokenizer, models  # noqa: E402  # after the skips
-from transformers import masking_utils  # noqa: E402  # after the skips
+import torch
+import transformers
+from hypothesis import given, settings, strategies
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import masking_utils
 
-from inferflux_backend_torch import hf, loading  # noqa: E402  # after the skips
-from inferflux_backend_torch.hf_architecture import causal_lm, max_positions  # noqa: E402  # after the skips
-from inferflux_backend_torch.hf_probe import _UNKNOWN, _causal_window, record_attention, recorded_layers  # noqa: E402  # after the skips
-from inferflux_backend_torch.runner import TorchRunner  # noqa: E402  # after the skips
-from inferflux_backend_torch.settings import TorchSettings  # noqa: E402  # after the skips
-from inferflux_backend_torch.shard import Shard  # noqa: E402  # after the skips
-from inferflux_core.errors import ConfigError, ModelFileError  # noqa: E402  # after the skips
-from inferflux_core.interfaces import EngineConfig, ModelFiles  # noqa: E402  # after the skips
-from inferflux_core.testing.driver import EngineDriver, make_request  # noqa: E402  # after the skips
-from torch_backend.tiny_models import LONGROPE, Recipe, build  # noqa: E402  # after the skips
+from inferflux_backend_torch import hf, loading
+from inferflux_backend_torch.hf_architecture import causal_lm, max_positions
+from inferflux_backend_torch.hf_probe import CausalMask, record_attention, record_mask, recorded_layers
+from inferflux_backend_torch.runner import TorchRunner
+from inferflux_backend_torch.settings import TorchSettings
+from inferflux_backend_torch.shard import Shard
+from inferflux_core.errors import ConfigError, ModelFileError
+from inferflux_core.interfaces import EngineConfig, ModelFiles
+from inferflux_core.testing.driver import EngineDriver, make_request
+from torch_backend.tiny_models import LONGROPE, Recipe, build
 
 pytestmark = [
     # Of transformers about its own code and torch's, which no setting here changes.
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
-    pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
 ]
 
 ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=24)  # prompts below take several chunks
@@ -64,11 +65,7 @@ RECIPES: Mapping[str, Recipe] = {
     "starcoder2": Recipe("Starcoder2Config", {**_SIZES, "sliding_window": 7}, "Starcoder2ForCausalLM"),
     "cohere": Recipe("CohereConfig", {**_SIZES, "logit_scale": 0.3}, "CohereForCausalLM"),
     "nemotron": Recipe("NemotronConfig", {**_SIZES, "head_dim": 20}, "NemotronForCausalLM"),
-    "gpt2": Recipe(
-        "GPT2Config",
-        {"vocab_size": 131, "n_embd": 72, "n_layer": 2, "n_head": 6, "n_positions": 256, "bos_token_id": None, "eos_token_id": None},
-        "GPT2LMHeadModel",
-    ),
+    "gpt2": Recipe("GPT2Config", {k: v for k, v in _SIZES.items() if "key" not in k and "inter" not in k}, "GPT2LMHeadModel"),
     "opt": Recipe(
         "OPTConfig",
         {**_SIZES, "ffn_dim": 101, "word_embed_proj_dim": 72, "pad_token_id": 1, "bos_token_id": 2},
@@ -82,7 +79,11 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     # Architectures with a decoder here, by `model_impl`.
     "llama": Recipe("LlamaConfig", {**_SIZES, "tie_word_embeddings": True}, "LlamaForCausalLM"),
-    "gemma2": Recipe("Gemma2Config", {**_SIZES, "head_dim": 20, "sliding_window": 7, "attn_logit_softcapping": 3.0}, "Gemma2ForCausalLM"),
+    "gemma2": Recipe(
+        "Gemma2Config",
+        {**_SIZES, "head_dim": 20, "sliding_window": 7, "attn_logit_softcapping": 3.0},
+        "Gemma2ForCausalLM",
+    ),
 }  # fmt: skip
 
 
@@ -112,9 +113,8 @@ def copy_of(name: str, root: Path, to: Path, **changes: Any) -> Path:
 
 
 def load(folder: Path, config: EngineConfig = ENGINE, shard: Shard | None = None, **changes: Any) -> loading.Loaded:
-    chosen = TorchSettings(
-        **{"device": "cpu", "dtype": "float32", "kv_cache_mib": 4, "block_size": 8, "model_impl": "transformers"} | changes
-    )
+    here = {"device": "cpu", "dtype": "float32", "kv_cache_mib": 4, "block_size": 8, "num_threads": 1}
+    chosen = TorchSettings(**{**here, "model_impl": "transformers", **changes})
     weights = sorted(str(path) for path in folder.glob("*.safetensors"))
     files = ModelFiles(ref="tiny", format="safetensors", paths=(str(folder), *weights))
     return loading.load(files, chosen, config, shard or Shard())
@@ -129,6 +129,14 @@ def generated(model: Any, prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
+def likeliest(model: Any, prompt: list[int], tokens: list[int]) -> list[int]:
+    """What the model would have chosen at each place: the same tokens if they are its greedy ones, in one forward pass."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits
+    chosen: list[int] = logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+    return chosen
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_serves_the_tokens_that_generate_gives(name: str, root: Path) -> None:
     folder, model = built(name, root)
@@ -137,8 +145,10 @@ def test_serves_the_tokens_that_generate_gives(name: str, root: Path) -> None:
     together = driver.generate(*[make_request(prompt, max_tokens=64, ignore_eos=True) for prompt in PROMPTS])
     again = driver.generate(make_request([*PROMPTS[0], *together[0].token_ids[:9]], max_tokens=20, ignore_eos=True))[0]
 
+    assert together[2].token_ids == generated(model, PROMPTS[2], 64)
     for prompt, answer in zip(PROMPTS, together, strict=True):
-        assert answer.token_ids == generated(model, prompt, 64)
+        assert answer.token_ids == likeliest(model, prompt, answer.token_ids)
+        assert len(answer.token_ids) == 64
     assert again.token_ids == together[0].token_ids[9:29]
     assert again.num_cached_tokens == 32, "38 tokens were computed before: four blocks of 8"
 
@@ -316,11 +326,10 @@ def test_refuses_a_model_whose_attention_is_not_called(root: Path, monkeypatch: 
 
 def test_refuses_layers_of_different_sizes() -> None:
     layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(2))
-    mask = hf.record_mask(
-        batch_size=1, q_length=3, kv_length=3, mask_function=masking_utils.causal_mask_function, dtype=torch.float32
-    )
+    mask = record_mask(batch_size=1, q_length=3, kv_length=3, mask_function=masking_utils.causal_mask_function)
     for layer, size in zip(layers, (4, 6), strict=True):
-        record_attention(layer, *torch.zeros(3, 1, 2, 3, size).unbind(), mask)
+        query = torch.zeros(1, 2, 3, size)
+        record_attention(layer, query, query, query, mask)
     with pytest.raises(ModelFileError, match="different keys and values: 2 heads of 4, 2 heads of 6"):
         recorded_layers(layers)
 
@@ -380,18 +389,29 @@ def test_refuses_what_does_not_fit_before_weights_are_read(root: Path, tmp_path:
 @given(strategies.integers(1, 1 << 19))
 def test_finds_the_window_of_a_mask(window: int) -> None:
     sees = masking_utils.sliding_window_causal_mask_function(window)
-    assert _causal_window(sees, torch.device("cpu")) == window
+    assert CausalMask.read(sees, torch.device("cpu")) == CausalMask(window)
+
+
+def test_a_causal_mask_has_no_window() -> None:
+    assert CausalMask.read(masking_utils.causal_mask_function, torch.device("cpu")) == CausalMask(None)
 
 
 @settings(max_examples=20, deadline=None)
-@given(strategies.integers(1, 1 << 19))
-def test_refuses_masks_that_are_not_a_window(size: int) -> None:
-    device = torch.device("cpu")
-    chunked = masking_utils.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
-    both = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv - q == size)
-    # A query sees itself only, in chunks of one: a window of one.
-    assert _causal_window(chunked, device) == (1 if size == 1 else _UNKNOWN)
-    assert _causal_window(masking_utils.bidirectional_mask_function, device) == _UNKNOWN
-    assert _causal_window(masking_utils.causal_mask_function, device) is None
-    if (size - 1) & size == 0:  # a hole anywhere may be missed, at the positions that masks are made of it is not
-        assert _causal_window(both, device) == _UNKNOWN
+@given(strategies.integers(2, 1 << 19))
+def test_refuses_masks_of_chunks(size: int) -> None:
+    sees = masking_utils.chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.int64))
+    assert CausalMask.read(sees, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "sees",
+    [
+        masking_utils.bidirectional_mask_function,
+        masking_utils.sliding_window_bidirectional_mask_function(9),
+        masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv - q == 1),
+        masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: kv > 0),
+        masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, q, kv: q - kv != 64),
+    ],
+)
+def test_refuses_other_masks(sees: Any) -> None:
+    assert CausalMask.read(sees, torch.device("cpu")) is None

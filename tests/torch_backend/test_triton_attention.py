@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the torch backend is not installed")
@@ -15,6 +15,8 @@ from inferflux_backend_torch.ops import TorchOps
 from torch_backend.attention_case import AttentionCase, AttentionStep, attention_error, build
 from torch_backend.triton_interpreter import isolate, triton_attention, triton_ops
 
+# Without shrinking, which takes minutes in the interpreter.
+_INTERPRETED = settings(deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 _TILE = Tile(block_m=16, keys=16, num_warps=4, num_stages=2)
 
 
@@ -42,7 +44,7 @@ def _expected(step: AttentionStep) -> torch.Tensor:
     return TorchOps().attention(step.qkv, step.layer, step.inputs, step.cache)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(_INTERPRETED, max_examples=25)
 @given(
     sequences=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 24)), min_size=1, max_size=3),
     group=st.sampled_from([1, 2, 3, 7]),

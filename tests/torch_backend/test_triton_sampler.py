@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="the torch backend is not installed")
@@ -18,6 +18,8 @@ from inferflux_core.engine.sampling import Sampler, gumbel_noise, philox_4x32
 from inferflux_core.engine.types import SamplingParams, SequenceInit
 from torch_backend.triton_interpreter import isolate, triton_sampler
 
+# Without shrinking, which takes minutes in the interpreter.
+_INTERPRETED = settings(deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 _VOCABULARIES = [1, 7, 101, 2048, 4099, 9001]
 
 
@@ -86,7 +88,7 @@ def test_scale(vocab_size: int) -> None:
     torch.testing.assert_close(triton_sampler.scale(logits, temperature), expected, rtol=1e-6, atol=0)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(_INTERPRETED, max_examples=25)
 @given(
     vocab_size=st.sampled_from(_VOCABULARIES),
     top_k=st.integers(1, 60) | st.just(2**31),
@@ -123,7 +125,7 @@ def test_rows_have_thresholds_of_their_own() -> None:
     assert triton_sampler.filter_thresholds(scaled, *arguments).tolist() == [-math.inf, *expected[1:]]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(_INTERPRETED, max_examples=25)
 @given(
     vocab_size=st.sampled_from(_VOCABULARIES),
     temperature=st.sampled_from([0.2, 1.0, 3.0]),

@@ -47,5 +47,12 @@ def paged_attention(
     softcap: float,
     /,
 ) -> None: ...
+def contenders(logits: int, vocab: int, seed: int, position: int, winners: int, most: int, /) -> int:
+    """Tokens that may win a draw go to `winners`, int64; returns how many there are, which may be more than `most`.
+
+    Args:
+        logits: float32 [vocab], finite or -inf.
+        seed: as a signed number of 64 bits.
+    """
 def set_level(level: int, /) -> int:
     """Use at most this instruction set: 0 the baseline, 1 AVX2, 2 AVX-512. Returns what is in use."""

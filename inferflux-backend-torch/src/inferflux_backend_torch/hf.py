@@ -198,7 +198,7 @@ def load_transformers(folder: ModelFolder, *, dtype: torch.dtype, device: torch.
     log.info("architecture %r has no decoder of its own here, or isn't to use it: served by transformers", name)
     _register()
     try:
-        module = _load(model_class, config, folder.checkpoint, dtype)
+        module = _load(model_class, config, folder.checkpoint, dtype, device)
         module.requires_grad_(False)
         return TransformersModel(module.to(device), ops)
     except ModelFileError as error:
@@ -237,8 +237,10 @@ def _register() -> None:
     AttentionMaskInterface.register(RECORD, record_mask)
 
 
-def _load(model_class: type[Any], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The module on the CPU, with all weights as the checkpoint has them."""
+def _load(model_class: type[Any], config: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The module, still on the CPU, with all weights as the checkpoint has them; `device` is where it will run."""
+    # The grouped product, transformers' choice where there is one, refuses rows that are not of whole 16 bytes on CPUs.
+    experts = "eager" if device.type == "cpu" else None
     with _tensors(checkpoint) as tensors:
         module, info = model_class.from_pretrained(
             None,
@@ -246,6 +248,7 @@ def _load(model_class: type[Any], config: Any, checkpoint: Checkpoint, dtype: to
             state_dict=tensors,
             dtype=dtype,
             attn_implementation="eager",
+            experts_implementation=experts,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
@@ -261,8 +264,8 @@ def _load(model_class: type[Any], config: Any, checkpoint: Checkpoint, dtype: to
     }
     if listed := [f"{len(names)} {fault}: {', '.join(names[:_LISTED])}" for fault, names in faults.items() if names]:
         raise ModelFileError(f"tensors are {'; '.join(listed)}. Fetch config.json and all weights again from one place")
-    for name, parameter in module.named_parameters():
-        refuse_not_finite(name, parameter)
+    for name, tensor in module.state_dict().items():
+        refuse_not_finite(name, tensor)
     return module
 
 

@@ -26,13 +26,43 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """transformers' mask function: (batch, head, query, token) indices -> whether the query sees the token."""
 
 RECORD: Final = "inferflux-record"
-_RECORDED, _WINDOW = "inferflux_recorded", "inferflux_window"
+_RECORDED, _MASK = "inferflux_recorded", "inferflux_mask"
 _FARTHEST = 1 << 20  # position that masks are tried at; a window as wide as that is none
-_UNKNOWN = -1
 # Arguments of attention that change nothing for tokens already rotated and a model in evaluation mode.
 _HARMLESS: Final = frozenset(
     {"position_ids", "position_embeddings", "cache_position", "past_key_values", "dropout", "sliding_window"}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class CausalMask:
+    """A mask that paged attention can do without.
+
+    Attributes:
+        window: how many tokens a query sees, itself included; None where it is all before it.
+    """
+
+    window: int | None
+
+    @classmethod
+    def read(cls, sees: Sees, device: torch.device) -> CausalMask | None:
+        """None for any other mask."""
+        tokens = torch.arange(_FARTHEST + 1, device=device)
+        zeros = torch.zeros_like(tokens)
+        seen = int(sees(zeros, zeros, torch.full_like(tokens, _FARTHEST), tokens).sum())
+        window = None if seen == len(tokens) else seen
+        # Everywhere else by samples, densest where masks change: near the query, the window's end, and powers of two.
+        steps = {0, 1, *(factor << k for factor in (1, 3) for k in range(19)), *((window, 2 * window) if window else ())}
+        near = sorted({max(0, step + d) for step in steps for d in (-1, 0, 1)})
+        grid = torch.meshgrid(torch.tensor(near, device=device), torch.tensor(near, device=device), indexing="ij")
+        query, other = (part.flatten() for part in grid)
+        token = torch.cat(((query - other).clamp(min=0), query + other, other))
+        query = query.repeat(3)
+        wanted = token <= query
+        if window is not None:
+            wanted &= token > query - window
+        zeros = zeros[: len(query)]
+        return cls(window) if bool((sees(zeros, zeros, query, token) == wanted).all()) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +131,8 @@ def record_attention(
     if query.shape[0] != 1 or key.shape[2] != query.shape[2] or value.shape[1] != kv_heads or heads % kv_heads:
         raise ModelFileError(f"its attention is of an unknown form: {[tuple(t.shape) for t in (query, key, value)]}")
     # The mask, and not `sliding_window`, which some models leave out and others name for layers without a window.
-    window = getattr(attention_mask, _WINDOW, _UNKNOWN)
-    if window == _UNKNOWN:
+    mask: CausalMask | None = getattr(attention_mask, _MASK, None)
+    if mask is None:
         raise ModelFileError("its attention mask is not causal, or more than causal within a window")
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     query, key, value, head_dim = pad_heads(query, key, value)
@@ -112,7 +142,7 @@ def record_attention(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         scale=scale,
-        window=window,
+        window=mask.window,
         softcap=float(softcap) if softcap else None,
     )
     setattr(module, _RECORDED, Recorded(module, layer, value_dim))
@@ -121,12 +151,12 @@ def record_attention(
 
 
 def record_mask(*args: Any, mask_function: Sees, **kwargs: Any) -> Tensor | None:
-    """transformers' own mask, marked with its window if it is causal."""
+    """transformers' own mask, marked with what it is if it is causal."""
     from transformers.masking_utils import eager_mask
 
     mask: Tensor | None = eager_mask(*args, mask_function=mask_function, **kwargs)
-    if mask is not None and (window := _causal_window(mask_function, mask.device)) != _UNKNOWN:
-        setattr(mask, _WINDOW, window)
+    if mask is not None:
+        setattr(mask, _MASK, CausalMask.read(mask_function, mask.device))
     return mask
 
 
@@ -135,23 +165,3 @@ def pad_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     size = max(key.shape[3], value.shape[3])
     query, key, value = (x if x.shape[3] == size else functional.pad(x, (0, size - x.shape[3])) for x in (query, key, value))
     return query, key, value, size
-
-
-def _causal_window(sees: Sees, device: torch.device) -> int | None:
-    """How many tokens a query sees, itself included; None where it is all before it, _UNKNOWN where it is neither."""
-    tokens = torch.arange(_FARTHEST + 1, device=device)
-    zeros = torch.zeros_like(tokens)
-    seen = int(sees(zeros, zeros, torch.full_like(tokens, _FARTHEST), tokens).sum())
-    window = None if seen == len(tokens) else seen
-    # Everywhere else by samples, densest where masks change: near the query, the window's end, and powers of two.
-    steps = {0, 1, *(factor << k for factor in (1, 3) for k in range(19)), *((window, 2 * window) if window else ())}
-    near = sorted({max(0, step + d) for step in steps for d in (-1, 0, 1)})
-    grid = torch.meshgrid(torch.tensor(near, device=device), torch.tensor(near, device=device), indexing="ij")
-    query, other = (part.flatten() for part in grid)
-    token = torch.cat(((query - other).clamp(min=0), query + other, other))
-    query = query.repeat(3)
-    wanted = token <= query
-    if window is not None:
-        wanted &= token > query - window
-    zeros = zeros[: len(query)]
-    return window if bool((sees(zeros, zeros, query, token) == wanted).all()) else _UNKNOWN

@@ -1,8 +1,8 @@
 """Drawing tokens on the CPU, row by row with numpy: for the tokens that can win only, and bit for bit as the reference does.
 
 A call of numpy costs a third of a microsecond, a tenth of torch's, and its argmax reads a row ten times as fast. What costs is
-the noise: 0.3 ms for a vocabulary of 49152. So filters look at the likely tokens first, and without filters the best of the
-likely tokens bounds who else can win, since noise is bounded.
+the noise: 0.3 ms for a vocabulary of 49152, 0.1 ms with the kernels in C. So filters look at the likely tokens first, and
+without filters the best of the likely tokens bounds who else can win, since noise is bounded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inferflux_backend_torch.native_kernels import BUILT, kernels
 from inferflux_backend_torch.philox import MOST_NOISE, Words64, noise_of_groups, noise_of_tokens, round_keys
 from inferflux_core.engine.types import SamplingParams
 
 Row = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
+
+_MASK64 = (1 << 64) - 1
 
 # Likely tokens have at least e**-8 of the probability of the most likely one: in language models a few dozen tokens.
 _LIKELY = 8.0
@@ -176,6 +179,9 @@ class HostDraw:
     def _winner(self, contest: _Contest, ids: TokenIds, scaled: Row) -> int:
         """The token drawn in a contest of many."""
         keys = self._keys[contest.slot]
+        if BUILT and len(ids) == self._vocab_size:
+            ids = self._contenders(contest, scaled)
+            scaled = scaled[ids]
         if len(ids) == self._vocab_size:
             noise = noise_of_groups(keys, contest.position, self._groups)[: self._vocab_size]
         else:
@@ -184,6 +190,15 @@ class HostDraw:
             words = noise_of_groups(keys, contest.position, group[is_new].astype(np.uint64))
             noise = words[4 * (np.cumsum(is_new) - 1) + (ids & 3)]
         return int(ids[(scaled + noise).argmax()])
+
+    def _contenders(self, contest: _Contest, scaled: Row) -> TokenIds:
+        """The few tokens that approximate noise, computed in C, puts at the top; all if these are not few."""
+        scaled = np.ascontiguousarray(scaled)
+        found = np.empty(_FEW, dtype=np.int64)
+        seed = self._params[contest.slot].seed & _MASK64
+        signed = seed - (1 << 64) if seed >> 63 else seed
+        count = kernels.contenders(scaled.ctypes.data, len(scaled), signed, contest.position, found.ctypes.data, len(found))
+        return found[:count] if count <= len(found) else self._ids
 
 
 def float_row(logits: Tensor, row: int) -> Row:

@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from inferflux_backend_torch.inputs import KVCache, StepInputs
+from inferflux_backend_torch.native_kernels import BUILT, kernels
 from inferflux_backend_torch.ops import Activation, AttentionLayer, TorchOps, attend, gather
-
-try:
-    from inferflux_backend_torch import _native
-except ImportError:  # no compiler at install, or torch without OpenMP
-    _native = None  # type: ignore[assignment]  # may be missing
 
 # Up to so many queries of one sequence go through the kernel for single tokens; more go through torch's flash attention.
 _FEW_QUERIES = 8
@@ -29,7 +25,7 @@ _BEST_LEVEL = 2
 
 def native_ops(dtype: torch.dtype, cache_dtype: torch.dtype) -> TorchOps:
     """The fastest operations there are on this CPU for these types."""
-    if _native is None or dtype not in (torch.float32, torch.bfloat16) or cache_dtype != dtype:
+    if not BUILT or dtype not in (torch.float32, torch.bfloat16) or cache_dtype != dtype:
         return TorchOps()
     return NativeOps(dtype)
 
@@ -52,7 +48,7 @@ class NativeOps(TorchOps):
     def __init__(self, dtype: torch.dtype, level: int = _BEST_LEVEL) -> None:
         self._bf16 = int(dtype is torch.bfloat16)
         self._plan: _Plan | None = None
-        self.level = _native.set_level(level)
+        self.level = kernels.set_level(level)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
@@ -61,13 +57,13 @@ class NativeOps(TorchOps):
         rows = x.numel() // width
         stride = x.stride(0) if x.dim() == 2 else width
         out = torch.empty(x.shape, dtype=x.dtype)
-        _native.rms_norm(self._bf16, x.data_ptr(), stride, 0, out.data_ptr(), weight.data_ptr(), rows, width, eps)
+        kernels.rms_norm(self._bf16, x.data_ptr(), stride, 0, out.data_ptr(), weight.data_ptr(), rows, width, eps)
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, width = residual.shape
         out = torch.empty_like(residual)
-        _native.rms_norm(
+        kernels.rms_norm(
             self._bf16,
             x.data_ptr(),
             x.stride(0),
@@ -86,7 +82,7 @@ class NativeOps(TorchOps):
             return super().act_mul(gate_up, activation)
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
-        _native.act_mul(self._bf16, gate_up.data_ptr(), out.data_ptr(), rows, width, kind)
+        kernels.act_mul(self._bf16, gate_up.data_ptr(), out.data_ptr(), rows, width, kind)
         return out
 
     def rope_and_cache(self, qkv: Tensor, layer: AttentionLayer, inputs: StepInputs, cache: KVCache) -> None:
@@ -94,7 +90,7 @@ class NativeOps(TorchOps):
             super().rope_and_cache(qkv, layer, inputs, cache)
             return
         rope = layer.rope
-        _native.rope_and_cache(
+        kernels.rope_and_cache(
             self._bf16,
             qkv.data_ptr(),
             cache.keys[layer.index].data_ptr(),
@@ -120,7 +116,7 @@ class NativeOps(TorchOps):
             plan = self._plan = _make_plan(inputs)
         out = qkv.new_empty(qkv.shape[0], layer.q_size)
         if len(plan.rows):
-            _native.paged_attention(
+            kernels.paged_attention(
                 self._bf16,
                 qkv.data_ptr(),
                 out.data_ptr(),
@@ -176,9 +172,9 @@ def _fits(layer: AttentionLayer) -> bool:
     """Whether the heads fit into the kernels' buffers, which lie on the stack."""
     group = layer.num_heads // layer.num_kv_heads
     return (
-        layer.head_dim <= _native.MAX_HEAD_DIM
-        and group <= _native.MAX_GROUP
-        and group * layer.head_dim <= _native.MAX_GROUP_DIM
+        layer.head_dim <= kernels.MAX_HEAD_DIM
+        and group <= kernels.MAX_GROUP
+        and group * layer.head_dim <= kernels.MAX_GROUP_DIM
     )
 
 
