@@ -35,12 +35,6 @@ from inferflux_core.interfaces import EngineConfig, ModelFiles
 from inferflux_core.testing.driver import EngineDriver, make_request
 from torch_backend.tiny_models import LONGROPE, Recipe, build
 
-pytestmark = [
-    # Of transformers about its own code and torch's, which no setting here changes.
-    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
-]
-
 ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=24)  # prompts below take several chunks
 PROMPTS = [[(17 * i + 5 * n) % 120 + 5 for i in range(n)] for n in (29, 3, 11)]
 
@@ -169,6 +163,19 @@ def test_serves_in_bfloat16(root: Path) -> None:
     answer = EngineDriver(runner, ENGINE).generate(make_request(PROMPTS[0], max_tokens=8, ignore_eos=True))[0]
     assert runner.model_info.details["dtype"] == "bfloat16"
     assert len(answer.token_ids) == 8
+
+
+def test_attention_gets_the_type_that_its_kernels_are_made_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer() -> list[int]:
+        driver = EngineDriver(TorchRunner(loaded, ENGINE), ENGINE)
+        return driver.generate(make_request(PROMPTS[0], max_tokens=8, ignore_eos=True))[0].token_ids
+
+    loaded = load(built("cohere", root)[0], dtype="bfloat16")
+    before = answer()
+    module: Any = sys.modules[transformers.CohereForCausalLM.__module__]
+    rotate = module.apply_rotary_pos_emb
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda *args, **names: [x.float() for x in rotate(*args, **names)])
+    assert answer() == before
 
 
 def test_layers_are_those_that_the_model_asks_for(root: Path) -> None:

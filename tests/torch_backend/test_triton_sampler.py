@@ -45,6 +45,28 @@ def test_noise_is_the_reference_s(seed: int, position: int) -> None:
     assert drawn.tolist() == order[:rows].tolist()
 
 
+def test_great_noise_is_exact_to_float32() -> None:
+    """It decides draws, and comes from logarithms of numbers next to 1. A lead of 1e-5 over another token must tell."""
+    vocab_size, seed, position, lead = 30000, 5, 9, 1e-5
+    noise = gumbel_noise(seed, position, np.arange(vocab_size))
+    order = np.argsort(-noise)[:21].copy()
+    rows = []
+    for great in order[1:]:
+        for difference in (lead, -lead):
+            row = torch.full((vocab_size,), -torch.inf)
+            row[order[0]] = float(noise[great]) - float(noise[order[0]]) + difference
+            row[great] = 0.0
+            rows.append(row)
+    scaled = torch.stack(rows)
+    drawn = triton_sampler.gumbel_argmax(
+        scaled,
+        torch.full((len(rows),), -torch.inf),
+        torch.full((len(rows),), seed),
+        torch.full((len(rows),), position),
+    )
+    assert drawn.tolist() == [token for great in order[1:] for token in (order[0], great)]
+
+
 def test_words_are_philox_s() -> None:
     """Bit for bit: two tokens whose noise differs by one unit of the 32-bit word are told apart where float32 can."""
     seed, position, vocab_size = 77, 12, 64

@@ -54,5 +54,6 @@ def contenders(logits: int, vocab: int, seed: int, position: int, winners: int, 
         logits: float32 [vocab], finite or -inf.
         seed: as a signed number of 64 bits.
     """
+
 def set_level(level: int, /) -> int:
     """Use at most this instruction set: 0 the baseline, 1 AVX2, 2 AVX-512. Returns what is in use."""

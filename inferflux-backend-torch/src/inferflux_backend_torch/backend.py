@@ -24,7 +24,7 @@ class TorchBackend(Backend):
         self._settings = settings
 
     def validate(self, files: ModelFiles) -> None:
-        ModelFolder.open(files)
+        ModelFolder.open(files, self._settings.model_impl)
 
     def tokenizer(self, files: ModelFiles) -> Tokenizer:
         from inferflux_backend_torch.tokenizer import HFTokenizer
@@ -36,7 +36,7 @@ class TorchBackend(Backend):
         if size == 1:
             from inferflux_backend_torch.loading import load
 
-            return make_runner(load(files, self._settings, config), config)
+            return make_runner(load(files, self._settings, config), self._settings, config)
         decoder = ModelFolder.open(files).decoder
         if decoder is not None:
             Shard(0, size).check(decoder)
@@ -47,8 +47,14 @@ class TorchBackend(Backend):
         return TensorParallelRunner.start(files, self._settings, config, followers)
 
 
-def make_runner(loaded: Loaded, config: EngineConfig) -> ModelRunner:
+def make_runner(loaded: Loaded, settings: TorchSettings, config: EngineConfig) -> ModelRunner:
     """The runner for where the model, or the part of it, was loaded."""
+    from inferflux_backend_torch.devices import has_triton
+
+    if has_triton(loaded.device):
+        from inferflux_backend_torch.gpu_runner import GpuRunner
+
+        return GpuRunner(loaded, settings, config)
     from inferflux_backend_torch.runner import TorchRunner
 
     return TorchRunner(loaded, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -52,6 +53,11 @@ def choose_dtype(settings: TorchSettings, stored: str, device: torch.device) -> 
 def choose_cache_dtype(settings: TorchSettings, dtype: torch.dtype) -> torch.dtype:
     """Type of the KV cache."""
     return dtype if settings.kv_cache_dtype == "auto" else _DTYPES[settings.kv_cache_dtype]
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels of our own run there. Triton comes with torch's builds for CUDA and ROCm on Linux."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def physical_cores() -> int:

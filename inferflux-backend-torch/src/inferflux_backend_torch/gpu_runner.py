@@ -26,9 +26,7 @@ from inferflux_core.interfaces import EngineConfig, GrammarMask, Ticket
 class GpuRunner(TorchRunner):
     """Runs a model with Triton's kernels, decodes as CUDA graphs."""
 
-    def __init__(
-        self, loaded: Loaded, settings: TorchSettings, config: EngineConfig, recorder: Recorder | None = None
-    ) -> None:
+    def __init__(self, loaded: Loaded, settings: TorchSettings, config: EngineConfig, recorder: Recorder | None = None) -> None:
         """
         Args:
             recorder: how decode steps are repeated; by default CUDA graphs.
@@ -92,7 +90,7 @@ def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
             return lambda: milliseconds
 
         return stop
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # of torch
     first.record()
 
     def stop_event() -> Callable[[], float]:
@@ -100,7 +98,7 @@ def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
 
         def elapsed() -> float:
             last.synchronize()
-            return first.elapsed_time(last)
+            return float(first.elapsed_time(last))
 
         return elapsed
 

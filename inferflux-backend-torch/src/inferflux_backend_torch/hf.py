@@ -72,7 +72,7 @@ class _PagedAttention:
         # In the type that the cache and its kernels are made for; some models rotate in float32.
         qkv = torch.cat([x[0].transpose(0, 1).reshape(tokens, -1) for x in (query, key, value)], 1).to(step.dtype)
         step.ops.rope_and_cache(qkv, layer, step.inputs, step.cache)
-        out = step.ops.attention(qkv, layer, step.inputs, step.cache).to(query.dtype)
+        out = step.ops.attention(qkv, layer, step.inputs, step.cache).to(value.dtype)
         return out.view(1, tokens, layer.num_heads, layer.head_dim)[..., : self._value_dim].contiguous()
 
 

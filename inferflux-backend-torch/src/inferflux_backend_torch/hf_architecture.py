@@ -105,11 +105,11 @@ def _check(architecture: str, config: Any, model_class: type[Any], version: str)
     layers, vocabulary = getattr(config, "num_hidden_layers", None), getattr(config, "vocab_size", None)
     faults = {
         "it has an encoder beside its decoder": getattr(config, "is_encoder_decoder", False),
-        "it is made of several models, for more than text": config.get_text_config() is not config or config.sub_configs,
         "it remembers by recurrence instead of keys and values": model_class._is_stateful,
         f"it has layers of the kind {', '.join(sorted(map(repr, layer_types)))}": layer_types,
         "it adds position biases to its scores (ALiBi)": getattr(config, "alibi", False),
         f"{version} computes its attention in a way that can't be replaced": not model_class._supports_attention_backend,
+        "it is made of several models, for more than text": config.get_text_config() is not config or config.sub_configs,
         f"in {version} it takes no positions, or computes logits of all tokens": not (
             {"position_ids", "logits_to_keep"} <= parameters.keys()
         ),

@@ -147,7 +147,7 @@ def record_attention(
     )
     setattr(module, _RECORDED, Recorded(module, layer, value_dim))
     out = attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), layer, 0)
-    return out[..., :value_dim].to(query.dtype).unsqueeze(0).contiguous(), None
+    return out[..., :value_dim].to(value.dtype).unsqueeze(0).contiguous(), None
 
 
 def record_mask(*args: Any, mask_function: Sees, **kwargs: Any) -> Tensor | None:

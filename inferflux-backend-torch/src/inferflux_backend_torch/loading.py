@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from inferflux_backend_torch.cache_size import CacheShape, cache_bytes, choose_lengths, default_block_size
-from inferflux_backend_torch.devices import choose_cache_dtype, choose_device, choose_dtype, dtype_name, physical_cores
+from inferflux_backend_torch.devices import (
+    choose_cache_dtype,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    has_triton,
+    physical_cores,
+)
 from inferflux_backend_torch.files import ModelFolder
 from inferflux_backend_torch.hf import load_transformers, transformers_bytes
 from inferflux_backend_torch.hf_tokens import eos_token_ids
@@ -75,7 +82,7 @@ def load(
     if device.type == "cpu":
         torch.set_num_threads(threads)
     _check_fits(files, settings, folder, dtype, device, shard)
-    ops = native_ops(dtype, cache_dtype) if device.type == "cpu" else TorchOps()
+    ops = _ops(device, dtype, cache_dtype)
     model: Model
     if folder.decoder is None:
         model = foreign = load_transformers(folder, dtype=dtype, device=device, ops=ops)
@@ -125,6 +132,17 @@ def load(
     )
     cache = replace(shape, num_kv_heads=layers[0].num_kv_heads).allocate(num_blocks, device)
     return Loaded(model, cache, num_blocks, device, info, capturable)
+
+
+def _ops(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype) -> TorchOps:
+    """The fastest operations there are for the device and these types."""
+    if device.type == "cpu":
+        return native_ops(dtype, cache_dtype)
+    if has_triton(device):
+        from inferflux_backend_torch.triton_ops import TritonOps
+
+        return TritonOps()
+    return TorchOps()
 
 
 def _check_settings(settings: TorchSettings, folder: ModelFolder, device: torch.device, shard: Shard) -> None:

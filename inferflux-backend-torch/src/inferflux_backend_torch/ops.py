@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from inferflux_backend_torch.inputs import KVCache, StepInputs
 
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,7 +101,9 @@ class TorchOps:
             heads.copy_(changed)
         kept = (tokens, layer.num_kv_heads, layer.head_dim)
         for stored, part in ((cache.keys[layer.index], k), (cache.values[layer.index], v)):
-            stored.view(-1, layer.num_kv_heads, layer.head_dim)[inputs.slot_mapping] = part.reshape(kept).to(stored.dtype)
+            stored.view(-1, layer.num_kv_heads, layer.head_dim)[inputs.slot_mapping] = stored_as(
+                part.reshape(kept), stored.dtype
+            )
 
     def attention(self, qkv: Tensor, layer: AttentionLayer, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Causal attention of this step's queries over the cache, which holds this step's keys and values already.
@@ -117,6 +121,13 @@ class TorchOps:
             q = qkv[first:last, : layer.q_size].view(last - first, layer.num_heads, layer.head_dim)
             out[first:last] = attend(q, keys, values, layer, length - (last - first)).reshape(last - first, layer.q_size)
         return out
+
+
+def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the cache's type; what fp8 cannot hold becomes its largest number, where torch alone makes NaN of it."""
+    if dtype is torch.float8_e4m3fn:
+        x = x.clamp(-_FP8_MAX, _FP8_MAX)
+    return x.to(dtype)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

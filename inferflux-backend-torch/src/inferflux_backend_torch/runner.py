@@ -49,9 +49,7 @@ class TorchRunner(ModelRunner):
         )
         self._model = loaded.model
         self._cache = loaded.cache
-        self._steps: Steps = steps or HostSteps(
-            config.max_num_seqs, info.max_model_len, loaded.cache.block_size, loaded.device
-        )
+        self._steps: Steps = steps or HostSteps(config.max_num_seqs, info.max_model_len, loaded.cache.block_size, loaded.device)
         self._sampler = DeviceSampler(info.vocab_size, info.eos_token_ids, config.max_num_seqs, loaded.device, draw)
 
     def warm_up(self) -> None:

@@ -116,4 +116,4 @@ def load_rank(
         "kv_cache_tokens": str((lengths.num_blocks - 1) * loaded.cache.block_size),
     }
     info = msgspec.structs.replace(loaded.model_info, max_model_len=lengths.max_model_len, details=details)
-    return make_runner(dataclasses.replace(loaded, num_blocks=lengths.num_blocks, model_info=info), config)
+    return make_runner(dataclasses.replace(loaded, num_blocks=lengths.num_blocks, model_info=info), settings, config)

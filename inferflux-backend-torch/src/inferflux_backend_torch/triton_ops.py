@@ -13,8 +13,6 @@ from inferflux_backend_torch.ops import Activation, AttentionLayer, TorchOps
 class TritonOps(TorchOps):
     """`TorchOps` with one kernel launch, at most three for attention, where torch needs many.
 
-    An fp8 cache saturates at +-448, where `TorchOps` makes NaN of larger values.
-
     Args:
         num_sms: multiprocessors of the GPU, by which attention splits long contexts; None asks the current device.
     """
