@@ -304,18 +304,18 @@ def transformers_rate(shape: ModelShape, requests: int, tokens: int) -> float:
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).cuda().eval()
     model.set_attn_implementation("paged|sdpa")
     generation = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    with torch.inference_mode():
-        model.generate_batch(inputs=prompts(shape, 4), generation_config=replace_tokens(generation, 4))
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        outputs = model.generate_batch(inputs=prompts(shape, requests), generation_config=generation)
-        torch.cuda.synchronize()
-    return sum(len(output.generated_tokens) for output in outputs.values()) / (time.perf_counter() - began)
-
-
-def replace_tokens(generation: Any, tokens: int) -> Any:
-    """The same generation with another number of tokens."""
-    return type(generation)(**{**generation.to_dict(), "max_new_tokens": tokens})
+    # Not under inference_mode: it works in a thread of its own, where ours does not hold.
+    warm = GenerationConfig(**{**generation.to_dict(), "max_new_tokens": 4})
+    model.generate_batch(inputs=prompts(shape, 4), generation_config=warm)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    outputs = model.generate_batch(inputs=prompts(shape, requests), generation_config=generation)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    produced = sum(len(output.generated_tokens) for output in outputs.values())
+    if produced < requests * tokens:
+        raise RuntimeError(f"transformers made {produced} of {requests * tokens} tokens; its log says why")
+    return produced / seconds
 
 
 def engines(within: Callable[[], bool]) -> Iterator[Figure]:

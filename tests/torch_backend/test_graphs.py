@@ -105,14 +105,15 @@ def test_sizes(max_num_seqs: int, expected: list[int]) -> None:
 )
 def test_padded_steps_give_what_plain_ones_give(steps: list[list[int]], query_len: int, seed: int) -> None:
     """Steps of different sizes after each other in the same tensors; nothing but the null block is written beside them."""
+    now: list[AttentionStep] = []
+    seen: list[int] = []
+    graphs = _graphs(lambda inputs: _layer_forward(now[-1], seen)(inputs), query_len=query_len)
     for computed in steps:
         case = AttentionCase(sequences=tuple((c, query_len) for c in computed), seed=seed)
         plain, padded = build(case), build(case)
         plain.inputs.token_ids.random_(1000, generator=torch.Generator().manual_seed(seed))
         padded.inputs.token_ids.copy_(plain.inputs.token_ids)
-        seen: list[int] = []
-        graphs = _graphs(_layer_forward(padded, seen), query_len=query_len)
-        graphs.warm_up()
+        now.append(padded)
         expected = _layer_forward(plain, [])(plain.inputs)
         out = graphs.run(padded.inputs)
         torch.testing.assert_close(out, expected)
@@ -191,8 +192,25 @@ def test_what_fits_no_graph_runs_without_one(sequences: tuple[tuple[int, int], .
     assert seen == [inputs]
 
 
-def test_filled_inputs_are_not_copied() -> None:
+def test_nothing_stays_of_the_step_before() -> None:
     graphs = _graphs(lambda inputs: inputs.token_ids[inputs.logits_indices])
+    graphs.run(build(AttentionCase(sequences=((100, 1),) * 8)).inputs)
+    inputs = build(AttentionCase(sequences=((20, 1),) * 5)).inputs
+    graphs.run(inputs)
+    static = graphs.inputs_for(5, 21)
+    assert static is not None
+    assert torch.equal(static.block_table[:5, :2], inputs.block_table)
+    assert not static.block_table[:, 2:].any()
+    assert not static.block_table[5:].any()
+    assert static.seq_lens.tolist() == [21] * 5 + [1] * 3
+    assert static.positions.tolist() == [20] * 5 + [0] * 3
+    assert static.slot_mapping[5:].tolist() == [0] * 3
+    assert static.query_start.tolist() == list(range(9))
+
+
+def test_filled_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = _graphs(lambda inputs: inputs.token_ids[inputs.logits_indices])
+    monkeypatch.setattr(graphs, "_copy", None)
     inputs = graphs.inputs_for(3, 10)
     assert inputs is not None
     assert inputs.num_seqs == inputs.num_decodes == 4

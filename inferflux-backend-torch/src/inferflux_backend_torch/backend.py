@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from inferflux_backend_torch.files import ModelFolder
 from inferflux_backend_torch.followers import Followers
+from inferflux_backend_torch.openmp import limit_spinning
 from inferflux_backend_torch.settings import TorchSettings
 from inferflux_backend_torch.shard import Shard
 from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelRunner, Tokenizer
@@ -32,12 +33,13 @@ class TorchBackend(Backend):
         return HFTokenizer(Path(files.paths[0]))
 
     def runner(self, files: ModelFiles, config: EngineConfig) -> ModelRunner:
+        limit_spinning()
         size = self._settings.tensor_parallel_size
         if size == 1:
             from inferflux_backend_torch.loading import load
 
             return make_runner(load(files, self._settings, config), self._settings, config)
-        decoder = ModelFolder.open(files).decoder
+        decoder = ModelFolder.open(files, self._settings.model_impl).decoder
         if decoder is not None:
             Shard(0, size).check(decoder)
         # Started first, so that all ranks import torch at the same time.
