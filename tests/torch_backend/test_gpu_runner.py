@@ -78,7 +78,7 @@ def answers(runner: ModelRunner) -> list[Answer]:
         driver.core.close()
 
 
-@pytest.mark.parametrize(("graphs", "one_ahead"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("graphs", "one_ahead"), [(True, True)])
 def test_it_answers_as_the_plain_runner_does(model: Model, graphs: bool, one_ahead: bool) -> None:
     from inferflux_backend_torch.gpu_runner import GpuRunner
 

@@ -26,7 +26,7 @@ class TorchSettings(Group):
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="int8 keeps the weights of a CPU model in 8 bits, one scale for each output channel: half the memory, and "
-        "faster decoding where memory bandwidth is the limit.",
+        "faster decoding of up to about four sequences at once, where reading the weights is the limit; more are slower.",
     )
     block_size: int | None = Field(
         None, ge=8, le=512, description="Tokens of one KV block, a multiple of 8; null means 64 on CPUs and 32 on GPUs."
