@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +72,11 @@ class KVCache:
         self.block_size = block_size
         # Zeros, not empty: padded entries of a batch are masked, but 0 * NaN would not be.
         shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            # The system gives numpy's zeros memory when they are first written; torch's would take all of it now.
+            memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+            self.data = torch.from_numpy(memory).view(dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [self.data[layer, 0] for layer in range(num_layers)]
         self.values = [self.data[layer, 1] for layer in range(num_layers)]
