@@ -56,9 +56,9 @@ class GpuRunner(TorchRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        super().warm_up()
         if self._graphs is not None:
-            self._graphs.warm_up()
+            self._graphs.warm_up()  # largest first: the others fit into its memory
+        super().warm_up()
 
     def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor, Callable[[], float]]:
         elapsed = _stopwatch(self._cache.data.device)

@@ -12,8 +12,18 @@ from torch import Tensor
 from inferflux_backend_torch.loading import Loaded
 from inferflux_backend_torch.sampler import DeviceSampler, Draw, Samples
 from inferflux_backend_torch.steps import HostSteps, Steps
-from inferflux_core.engine.types import ModelRunnerOutput, PagedOps, Row, SchedulerOutput, TokenLogprobs
+from inferflux_core.engine.types import (
+    ModelRunnerOutput,
+    PagedOps,
+    Row,
+    SamplingParams,
+    SchedulerOutput,
+    SequenceInit,
+    TokenLogprobs,
+)
 from inferflux_core.interfaces import Capabilities, EngineConfig, GrammarMask, KVCacheSpec, ModelRunner, Ticket
+
+_WARM_UP_TOKENS = 128
 
 
 @dataclass(slots=True)
@@ -53,9 +63,18 @@ class TorchRunner(ModelRunner):
         self._sampler = DeviceSampler(info.vocab_size, info.eos_token_ids, config.max_num_seqs, loaded.device, draw)
 
     def warm_up(self) -> None:
-        """A step in block 0, which holds nothing: libraries choose and compile their kernels in it."""
-        row = Row(slot=0, start=0, n=1, tokens=(0,), n_draft=0, sample=True, kv=PagedOps())
-        self.collect(self.launch(SchedulerOutput(step=0, rows=[row], num_tokens=1)))
+        """A chunk and a single token in block 0, which nobody uses, drawn and greedy: libraries choose their kernels in it."""
+        chunk = min(_WARM_UP_TOKENS, self.caps.max_num_batched_tokens, self.model_info.max_model_len)
+        greedy = SamplingParams(max_tokens=1, temperature=0.0)
+        drawn = SamplingParams(max_tokens=1, top_k=5, top_p=0.9, logprobs=1)
+        for n, params in ((chunk, drawn), (1, greedy)):
+            tokens = [0] * n
+            row = Row(slot=0, start=0, n=n, tokens=tokens, n_draft=0, sample=True, kv=PagedOps())
+            init = SequenceInit(slot=0, params=params, tokens=tokens, num_prompt_tokens=n)
+            ticket = self.launch(SchedulerOutput(step=0, rows=[row], num_tokens=n, start=[init]))
+            self.sample(ticket, None)
+            self.collect(ticket)
+        self._sampler.free(0)
 
     @torch.inference_mode()
     def launch(self, plan: SchedulerOutput) -> TorchTicket:
