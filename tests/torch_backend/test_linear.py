@@ -47,6 +47,14 @@ def test_int8_is_the_product_with_the_rounded_weight(rows: int, columns: int, wi
     torch.testing.assert_close(ours.float(), expected, atol=tolerance, rtol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 63, 64])
+@pytest.mark.parametrize("columns", [576, 577])
+def test_int8_stays_within_float16(rows: int, columns: int) -> None:
+    x, weight, _ = operands(rows, torch.float16, columns)
+    ours = Int8Linear(weight)(30 * x)
+    torch.testing.assert_close(ours.float(), 30 * x.float() @ weight.float().T, atol=40, rtol=0.05)
+
+
 def test_int8_of_a_row_of_zeros_is_zero() -> None:
     assert Int8Linear(torch.zeros(4, 8))(torch.ones(2, 8)).tolist() == [[0.0] * 4] * 2
 

@@ -138,12 +138,30 @@ class Checkpoint:
             )
 
 
-def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
+def refuse_too_large(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Check that a finite tensor stays finite in another type.
+
+    Raises:
+        ModelFileError: float16, the only type that is short of range, cannot hold one of its elements.
+    """
+    import torch
+
+    if dtype is not torch.float16 or tensor.dtype is torch.float16 or not tensor.numel():
+        return
+    largest = max(abs(float(extreme)) for extreme in torch.aminmax(tensor))
+    if largest > torch.finfo(dtype).max:
+        raise ModelFileError(
+            f"tensor {name!r} holds {largest:g}, more than float16 can; set `dtype` of the torch backend to bfloat16 or float32"
+        )
+
+
+def refuse_not_finite(name: str, tensor: torch.Tensor, cure: str = "the checkpoint is damaged, fetch it again") -> None:
     """Check that a tensor holds neither NaN nor infinity. One pass without a copy at memory speed where it does not.
 
     Args:
         name: of the tensor, for the message.
         tensor: of any shape, dtype and device. Whole numbers are always finite.
+        cure: end of the message.
 
     Raises:
         ModelFileError: one of its elements is not finite; says which and what it is.
@@ -162,7 +180,7 @@ def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
             at = int((~finite).nonzero()[0])
             value = float(chunk[at])
             place = [int(i) for i in torch.unravel_index(torch.tensor(start + at), tensor.shape)]
-            raise ModelFileError(f"tensor {name!r} is {value} at {place}; the checkpoint is damaged, fetch it again")
+            raise ModelFileError(f"tensor {name!r} is {value} at {place}; {cure}")
 
 
 def _chunks(tensor: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:

@@ -43,7 +43,7 @@ class ModelFolder:
             ModelFileError: the files are damaged, contradict each other, or want code of their own to be run.
         """
         path = Path(files.paths[0])
-        config = read_json(path / "config.json", "the model's configuration")
+        config = read_json(path / "config.json", "configuration of the model")
         # Without a name no decoder is found, and the checks that hold for every model are made nevertheless.
         decoder = decoder_config({**config, "architectures": None} if model_impl == "transformers" else config)
         if decoder is None and model_impl == "inferflux":

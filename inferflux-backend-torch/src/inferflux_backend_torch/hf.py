@@ -231,7 +231,9 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # in the server's log it is noise
+    # In the server's log they are noise: progress, and tables of what is refused in one line below.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     AttentionInterface.register(_PAGED, _paged_attention)
     AttentionInterface.register(RECORD, record_attention)
     AttentionMaskInterface.register(RECORD, record_mask)
@@ -264,8 +266,11 @@ def _load(model_class: type[Any], config: Any, checkpoint: Checkpoint, dtype: to
     }
     if listed := [f"{len(names)} {fault}: {', '.join(names[:_LISTED])}" for fault, names in faults.items() if names]:
         raise ModelFileError(f"tensors are {'; '.join(listed)}. Fetch config.json and all weights again from one place")
+    cure = "the checkpoint is damaged, fetch it again"
+    if dtype is torch.float16:
+        cure = f"if the checkpoint holds more than float16 can, set `dtype` to bfloat16 or float32; else {cure}"
     for name, tensor in module.state_dict().items():
-        refuse_not_finite(name, tensor)
+        refuse_not_finite(name, tensor, cure)
     return module
 
 

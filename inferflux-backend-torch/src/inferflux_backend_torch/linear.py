@@ -72,7 +72,8 @@ class Int8Linear:
         if x.shape[0] < self._narrow_rows:
             out = self._product(x, self._weight, self._scales)
         else:
-            out = functional.linear(x, self._weight.to(x.dtype)).mul_(self._scales)
+            # Scaled before the product, whose sums float16 could not hold otherwise.
+            out = functional.linear(x, self._weight.to(x.dtype).mul_(self._scales.unsqueeze(1)))
         return out if self._bias is None else out.add_(self._bias)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from inferflux_backend_torch.checkpoint import Checkpoint, refuse_not_finite
+from inferflux_backend_torch.checkpoint import Checkpoint, refuse_not_finite, refuse_too_large
 from inferflux_backend_torch.config import DecoderConfig
 from inferflux_backend_torch.linear import Linear, LinearFactory, PlainLinear
 from inferflux_backend_torch.model import (
@@ -100,6 +100,7 @@ class _TensorReader:
             self._open[path] = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
         tensor: Tensor = self._open[path].get_slice(name)[cut] if cut else self._open[path].get_tensor(name)
         refuse_not_finite(name, tensor)
+        refuse_too_large(name, tensor, self.dtype)
         return tensor
 
     def empty(self, *shape: int) -> Tensor:

@@ -83,34 +83,44 @@ def load(
         torch.set_num_threads(threads)
     _check_fits(files, settings, folder, dtype, device, shard)
     ops = _ops(device, dtype, cache_dtype)
+    block_size = settings.block_size or default_block_size(device)
     model: Model
     if folder.decoder is None:
         model = foreign = load_transformers(folder, dtype=dtype, device=device, ops=ops)
-        layers, most_kv_heads = foreign.layers, foreign.layers[0].num_kv_heads
-        vocab_size, trained = foreign.vocab_size, foreign.max_position_embeddings
+        layers, vocab_size, trained = foreign.layers, foreign.vocab_size, foreign.max_position_embeddings
         capturable = False  # hundreds of architectures, many of which look at positions or routes on the host
+        shape = CacheShape(
+            num_layers=len(layers),
+            num_kv_heads=layers[0].num_kv_heads,
+            head_dim=layers[0].head_dim,
+            block_size=block_size,
+            dtype=cache_dtype,
+        )
     else:
-        vocab_size, trained = folder.decoder.vocab_size, folder.decoder.max_position_embeddings
+        decoder = folder.decoder
+        vocab_size, trained = decoder.vocab_size, decoder.max_position_embeddings
+        shape = CacheShape(
+            num_layers=decoder.num_layers,
+            num_kv_heads=-(-decoder.num_kv_heads // shard.size),  # of any rank: all have as many blocks
+            head_dim=decoder.head_dim,
+            block_size=block_size,
+            dtype=cache_dtype,
+        )
+        positions = min(config.max_model_len or trained, trained)
+        if device.type != "cuda":  # there the cache's size is known before, and rotary tables need not be longer
+            positions = choose_lengths(shape, cache_bytes(settings, device), trained, config, files.ref)[1]
         model = own = load_decoder(
-            folder.decoder,
+            decoder,
             folder.checkpoint,
             dtype=dtype,
             device=device,
             linear=linear_factory(settings.quantization, dtype, device),
             ops=ops,
-            max_model_len=min(config.max_model_len or trained, trained),
+            max_model_len=positions,
             shard=shard,
             comm=comm or NoComm(),
         )
-        layers, most_kv_heads = own.layers, -(-folder.decoder.num_kv_heads // shard.size)
-        capturable = own.capturable
-    shape = CacheShape(
-        num_layers=len(layers),
-        num_kv_heads=most_kv_heads,  # of any rank: all have as many blocks
-        head_dim=layers[0].head_dim,
-        block_size=settings.block_size or default_block_size(device),
-        dtype=cache_dtype,
-    )
+        layers, capturable = own.layers, own.capturable
     num_blocks, max_model_len = choose_lengths(shape, cache_bytes(settings, device), trained, config, files.ref)
     details = {
         "architecture": folder.architecture,
@@ -169,11 +179,14 @@ def _check_fits(
     else:
         item = 1 if settings.quantization == "int8" else dtype.itemsize
         weights = sum(math.prod(dims) * item for dims in expected_tensors(decoder).values())
+        table = decoder.vocab_size * decoder.hidden_size
+        weights += table * (dtype.itemsize - item)  # rows of the embedding are looked up as they are
         if decoder.tie_word_embeddings and device.type == "cpu":
-            weights += decoder.vocab_size * decoder.hidden_size * item  # the head's own layout of it
+            weights += table * item  # the head's own layout of it
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         available = free - int(total * (1 - settings.gpu_memory_utilization))
     else:
         available = available_memory() - cache_bytes(settings, device)
+        what = f"model {files.ref!r} in {dtype_name(dtype)}, beside {settings.kv_cache_mib} MiB of KV cache (`kv_cache_mib`),"
     check_memory(weights // shard.size, available, what)

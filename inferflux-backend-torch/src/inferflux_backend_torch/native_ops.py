@@ -169,10 +169,11 @@ class NativeOps(TorchOps):
 
 
 def _fits(layer: AttentionLayer) -> bool:
-    """Whether the heads fit into the kernels' buffers, which lie on the stack."""
+    """Whether the kernels can do heads like these: their buffers, which lie on the stack, have fixed sizes."""
     group = layer.num_heads // layer.num_kv_heads
     return (
-        layer.head_dim <= kernels.MAX_HEAD_DIM
+        layer.head_dim % 2 == 0  # bfloat16 is read in pairs
+        and layer.head_dim <= kernels.MAX_HEAD_DIM
         and group <= kernels.MAX_GROUP
         and group * layer.head_dim <= kernels.MAX_GROUP_DIM
     )

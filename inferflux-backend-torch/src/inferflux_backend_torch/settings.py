@@ -29,7 +29,11 @@ class TorchSettings(Group):
         "faster decoding of up to about four sequences at once, where reading the weights is the limit; more are slower.",
     )
     block_size: int | None = Field(
-        None, ge=8, le=512, description="Tokens of one KV block, a multiple of 8; null means 64 on CPUs and 32 on GPUs."
+        None,
+        ge=8,
+        le=512,
+        multiple_of=8,
+        description="Tokens of one KV block, a multiple of 8; null means 64 on CPUs and 32 on GPUs.",
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of a GPU's memory that weights and KV cache may take together."
@@ -38,7 +42,10 @@ class TorchSettings(Group):
         1024, ge=1, description="Memory for the KV cache in MiB on CPUs and MPS, where there is no share to take."
     )
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads; null means one for each physical core: hyper-threads only slow products down."
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads; null means one for each physical core: hyper-threads only slow products down.",
     )
     tensor_parallel_size: int = Field(1, ge=1, le=64, description="Processes, one a GPU, that share each layer of the model.")
     model_impl: Literal["auto", "inferflux", "transformers"] = Field(

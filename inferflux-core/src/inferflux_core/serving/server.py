@@ -185,7 +185,8 @@ class Server:
         names = ", ".join((model.name, *model.aliases)) + (" (default)" if model.is_default else "")
         if model.state == EngineState.FAILED:
             return f"model {names}: failed: {model.last_error}"
-        facts = [model.details[key] for key in ("architecture", "quantization") if key in model.details]
+        facts = [model.details.get(key, "none") for key in ("architecture", "quantization")]
+        facts = [fact for fact in facts if fact != "none"]
         facts.append(f"{model.backend} backend")
         facts.append(f"{model.max_model_len:,} tokens a sequence")
         facts.append(f"loaded in {model.load_seconds or 0:.1f} s")
