@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the torch backend is not installed")
 
 from safetensors.torch import load_file, save_file  # noqa: E402  # after the skip
+from tokenizers import Tokenizer, models  # noqa: E402
 
 from inferflux_backend_torch.loading import load  # noqa: E402
 from inferflux_backend_torch.model import Decoder  # noqa: E402
@@ -22,7 +23,9 @@ from torch_backend.tiny_models import tiny_model  # noqa: E402
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tiny_model("llama", tmp_path).folder
+    made = tiny_model("llama", tmp_path).folder
+    Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(made / "tokenizer.json"))
+    return made
 
 
 def loaded(folder: Path, **settings: object) -> Decoder:
