@@ -76,7 +76,7 @@ class TestBfloat16(TorchConformance):
 
 class TestInt8(TorchConformance):
     quantization = "int8"
-    output_tokens = 4
+    output_tokens = 6
 
     def test_a_seed_reproduces_in_any_company(self) -> None:
         """As long as batches stay below 64 rows: larger ones are multiplied in another way, and round otherwise."""
