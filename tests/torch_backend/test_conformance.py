@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from cyclic_prompts import cyclic_prompt
 from inferflux_backend_torch.backend import TorchBackend
 from inferflux_backend_torch.inputs import KVCache
 from inferflux_backend_torch.loading import Loaded, load
@@ -20,16 +21,6 @@ from torch_backend.twin import twin_files
 
 FILES = twin_files()
 TOKENIZER = TorchBackend(TorchSettings()).tokenizer(FILES)
-# Sentences that go round and round: the model is sure how they go on, so a wrong block would show.
-_SENTENCES = [
-    "One two three four five six seven eight nine ten. ",
-    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday. ",
-    "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z ",
-    "January February March April May June July August September October November December. ",
-    "red orange yellow green blue indigo violet ",
-    "do re mi fa sol la ti do re mi fa sol la ti ",
-    "2 4 6 8 10 12 14 16 18 20 22 24 26 28 30 32 34 36 38 40 ",
-]
 
 
 @cache
@@ -61,8 +52,7 @@ class TorchConformance(BackendConformance):
         return TorchRunner(replace(loaded, cache=cache), config)
 
     def prompt(self, length: int, variant: int = 0) -> Sequence[int]:
-        cycle = TOKENIZER.encode(_SENTENCES[variant % len(_SENTENCES)], add_special=False, parse_special=False)
-        return (cycle * (length // len(cycle) + 1))[:length]
+        return cyclic_prompt(TOKENIZER, length, variant)
 
 
 class TestFloat32(TorchConformance):
