@@ -53,7 +53,7 @@ def llama(**changes: Any) -> DecoderConfig:
 def test_every_family_can_be_read_with_its_defaults(architecture: str) -> None:
     config = read(architecture)
     assert (config.num_layers, len(config.windows), len(config.ropes)) == (4, 4, 4)
-    assert weight_bytes(config, "float32") == sum(4 * _product(shape) for shape in expected_tensors(config).values())
+    assert weight_bytes(config, 4) == sum(4 * _product(shape) for shape in expected_tensors(config).values())
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -379,4 +379,4 @@ def test_published_models_have_their_published_number_of_parameters(name: str) -
     raw, parameters = PUBLISHED[name]
     config = decoder_config(raw)
     assert config is not None
-    assert weight_bytes(config, "float32") == 4 * parameters
+    assert weight_bytes(config, 4) == 4 * parameters

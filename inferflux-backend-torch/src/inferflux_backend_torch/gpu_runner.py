@@ -62,11 +62,12 @@ class GpuRunner(TorchRunner):
 
     def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor, Callable[[], float]]:
         elapsed = _stopwatch(self._cache.data.device)
-        decodes = self._graphs is not None and rows[-1].n == 1  # the longest come last
-        into = self._graphs.inputs_for(len(rows), max(row.start + 1 for row in rows)) if self._graphs and decodes else None
+        graphs, into = self._graphs, None
+        if graphs is not None and rows[-1].n == 1:  # the longest come last
+            into = graphs.inputs_for(len(rows), max(row.start + 1 for row in rows))
         inputs = self._device_steps.inputs(rows, sampled, into)
-        if into is not None and self._graphs is not None:
-            logits = self._graphs.run(inputs)[: len(sampled)]
+        if graphs is not None and into is not None:
+            logits = graphs.run(inputs)[: len(sampled)]
         elif sampled:
             logits = self._forward(inputs)
         else:

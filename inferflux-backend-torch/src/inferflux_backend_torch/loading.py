@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,7 +31,7 @@ from inferflux_backend_torch.native_ops import native_ops
 from inferflux_backend_torch.ops import TorchOps
 from inferflux_backend_torch.settings import TorchSettings
 from inferflux_backend_torch.shard import WHOLE, Shard
-from inferflux_backend_torch.weights import expected_tensors
+from inferflux_backend_torch.weights import weight_bytes
 from inferflux_core.errors import ConfigError
 from inferflux_core.interfaces import EngineConfig, ModelFiles, ModelInfo
 
@@ -83,29 +84,18 @@ def load(
         torch.set_num_threads(threads)
     _check_fits(files, settings, folder, dtype, device, shard)
     ops = _ops(device, dtype, cache_dtype)
-    block_size = settings.block_size or default_block_size(device)
+    blocks_of = partial(CacheShape, block_size=settings.block_size or default_block_size(device), dtype=cache_dtype)
     model: Model
     if folder.decoder is None:
         model = foreign = load_transformers(folder, dtype=dtype, device=device, ops=ops)
         layers, vocab_size, trained = foreign.layers, foreign.vocab_size, foreign.max_position_embeddings
         capturable = False  # hundreds of architectures, many of which look at positions or routes on the host
-        shape = CacheShape(
-            num_layers=len(layers),
-            num_kv_heads=layers[0].num_kv_heads,
-            head_dim=layers[0].head_dim,
-            block_size=block_size,
-            dtype=cache_dtype,
-        )
+        shape = blocks_of(num_layers=len(layers), num_kv_heads=layers[0].num_kv_heads, head_dim=layers[0].head_dim)
     else:
         decoder = folder.decoder
         vocab_size, trained = decoder.vocab_size, decoder.max_position_embeddings
-        shape = CacheShape(
-            num_layers=decoder.num_layers,
-            num_kv_heads=-(-decoder.num_kv_heads // shard.size),  # of any rank: all have as many blocks
-            head_dim=decoder.head_dim,
-            block_size=block_size,
-            dtype=cache_dtype,
-        )
+        most_kv_heads = -(-decoder.num_kv_heads // shard.size)  # of any rank: all have as many blocks
+        shape = blocks_of(num_layers=decoder.num_layers, num_kv_heads=most_kv_heads, head_dim=decoder.head_dim)
         positions = min(config.max_model_len or trained, trained)
         if device.type != "cuda":  # there the cache's size is known before, and rotary tables need not be longer
             positions = choose_lengths(shape, cache_bytes(settings, device), trained, config, files.ref)[1]
@@ -178,7 +168,7 @@ def _check_fits(
             check_memory(weights, available_memory(), f"{what} read into main memory first,")
     else:
         item = 1 if settings.quantization == "int8" else dtype.itemsize
-        weights = sum(math.prod(dims) * item for dims in expected_tensors(decoder).values())
+        weights = weight_bytes(decoder, item)
         table = decoder.vocab_size * decoder.hidden_size
         weights += table * (dtype.itemsize - item)  # rows of the embedding are looked up as they are
         if decoder.tie_word_embeddings and device.type == "cpu":

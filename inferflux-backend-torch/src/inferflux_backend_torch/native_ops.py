@@ -48,7 +48,7 @@ class NativeOps(TorchOps):
     def __init__(self, dtype: torch.dtype, level: int = _BEST_LEVEL) -> None:
         self._bf16 = int(dtype is torch.bfloat16)
         self._plan: _Plan | None = None
-        self.level = kernels.set_level(level)
+        kernels.set_level(level)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]

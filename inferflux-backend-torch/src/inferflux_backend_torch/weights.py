@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from inferflux_backend_torch.config import DecoderConfig
-
-ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # Buffers that old checkpoints carry though they follow from config.json.
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq\Z")
@@ -77,9 +74,8 @@ def ignored_tensors(config: DecoderConfig) -> tuple[re.Pattern[str], ...]:
     return (_BUFFERS, head) if config.tie_word_embeddings else (_BUFFERS,)
 
 
-def weight_bytes(config: DecoderConfig, dtype: Literal["float32", "bfloat16", "float16"]) -> int:
-    """Memory that the weights take in this type, in bytes, on all ranks together."""
-    item = ITEM_SIZE[dtype]
+def weight_bytes(config: DecoderConfig, item: int) -> int:
+    """Memory that the weights take with so many bytes for an element of a matrix, on all ranks together."""
     # Norms, the only weights of one dimension beside biases, stay float32.
     return sum(math.prod(shape) * (4 if len(shape) == 1 else item) for shape in expected_tensors(config).values())
 
