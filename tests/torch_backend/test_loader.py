@@ -59,13 +59,13 @@ def prompt_logits(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_expected_tensors_are_those_that_transformers_saves(tiny: TinyModel) -> None:
     config, checkpoint = read_config(tiny.folder), open_checkpoint(tiny.folder)
     assert expected_tensors(config) == {name: tuple(entry.shape) for name, entry in checkpoint.tensors.items()}
-    assert weight_bytes(config, "float32") == checkpoint.num_bytes
+    assert weight_bytes(config, 4) == checkpoint.num_bytes
 
 
 def test_norms_count_as_float32_in_smaller_models(tiny: TinyModel) -> None:
     config = read_config(tiny.folder)
     norms = 4 * (2 * config.num_layers + 1) * config.hidden_size
-    assert weight_bytes(config, "bfloat16") == norms + (weight_bytes(config, "float32") - norms) // 2
+    assert weight_bytes(config, 2) == norms + (weight_bytes(config, 4) - norms) // 2
 
 
 def test_every_family_has_a_recipe() -> None:
