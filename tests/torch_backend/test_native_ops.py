@@ -74,6 +74,16 @@ def test_rotation_cache_and_attention(case: AttentionCase, level: int) -> None:
     )
 
 
+def test_odd_heads_of_bfloat16_are_normed_in_float32() -> None:
+    """The kernel wants an even head size there; what takes its place must not read float32 rows as bfloat16."""
+    case = AttentionCase(sequences=((0, 1),), head_dim=45, q_norm=True, k_norm=True, dtype=torch.bfloat16)
+    ours, expected = build(case), build(case)
+    NativeOps(case.dtype).rope_and_cache(ours.qkv, ours.layer, ours.inputs, ours.cache)
+    TorchOps().rope_and_cache(expected.qkv, expected.layer, expected.inputs, expected.cache)
+    assert torch.equal(ours.qkv, expected.qkv)
+    close(ours.cache.data, expected.cache.data, case.dtype)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.sampled_from((1, 7, 16, 72, 576)), dtypes, levels, st.integers(0, 99))
 def test_norms_and_activations(rows: int, width: int, dtype: torch.dtype, level: int, seed: int) -> None:

@@ -46,11 +46,15 @@ class NativeOps(TorchOps):
     """For float32 and bfloat16, with a cache of the same type."""
 
     def __init__(self, dtype: torch.dtype, level: int = _BEST_LEVEL) -> None:
+        self._dtype = dtype
         self._bf16 = int(dtype is torch.bfloat16)
         self._plan: _Plan | None = None
         kernels.set_level(level)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.dtype is not self._dtype:
+            # Heads that the kernel below does not fit are normed in float32 by TorchOps.rope_and_cache, which comes here.
+            return super().rms_norm(x, weight, eps)
         width = x.shape[-1]
         if not x.is_contiguous() and not (x.dim() == 2 and x.stride(1) == 1):
             x = x.contiguous()
