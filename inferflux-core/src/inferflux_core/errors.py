@@ -7,14 +7,22 @@ InferFluxError
 └── RequestError                     one request: has an HTTP status and OpenAI's type and code
     ├── InvalidRequestError          400
     │   └── ContextLengthExceededError
-    ├── ModelNotFoundError           404
+    ├── AuthenticationError          401, with WWW-Authenticate
+    ├── ForbiddenError               403
+    ├── NotFoundError                404
+    │   └── ModelNotFoundError
+    ├── ConflictError                409
+    ├── PreconditionFailedError      412, an If-Match that is not current
+    │   └── PreconditionRequiredError    428, no If-Match
     ├── RequestTooLargeError         413
+    ├── RateLimitError               429, with Retry-After and x-ratelimit-*
     ├── NotSupportedError            501
     ├── RequestTimeoutError          504
     └── UnavailableError             503, always with Retry-After
         ├── OverloadedError          the queue is full
         ├── ModelLoadingError        the model is not loaded (yet, or any more)
         ├── EngineRestartedError     the engine process died under the request
+        ├── AccessUnavailableError   who asks, what is allowed or how much cannot be found out: never answered with a yes
         └── DrainingError            the server is shutting down
 
 Messages say what was wrong with `!r` around values and what to do about it. They may reach a client, so they never hold
@@ -24,6 +32,7 @@ paths of the server, prompt text or another request's data.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -91,11 +100,120 @@ class ContextLengthExceededError(InvalidRequestError):
     grpc_code = "OUT_OF_RANGE"
 
 
-class ModelNotFoundError(RequestError):
+class AuthenticationError(RequestError):
+    """Who asks is not known. The same words for a missing, an unknown, an expired and a revoked credential.
+
+    Attributes:
+        reason: why, for the audit log and a metrics label: a short word such as `unknown_key`; never sent.
+        challenge: value of the WWW-Authenticate header.
+    """
+
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+    grpc_code = "UNAUTHENTICATED"
+
+    def __init__(self, reason: str, *, challenge: str = "Bearer") -> None:
+        super().__init__(
+            "The request has no valid credential. Send an API key or an access token as 'Authorization: Bearer ...'."
+        )
+        self.reason = reason
+        self.challenge = challenge
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": self.challenge}
+
+
+class ForbiddenError(RequestError):
+    """Who asks is known and may not do this. Codes: `insufficient_scope`, `model_not_allowed`, `policy_denied`, and
+    `origin_not_allowed` for a web page.
+
+    Attributes:
+        scope: the scope that was missing, for the WWW-Authenticate header (RFC 6750); None for other causes.
+    """
+
+    status = 403
+    type = "permission_error"
+    default_code = "policy_denied"
+    grpc_code = "PERMISSION_DENIED"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, scope: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.scope = scope
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.scope is None:
+            return {}
+        return {"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{self.scope}"'}
+
+
+class NotFoundError(RequestError):
     status = 404
     type = "invalid_request_error"
-    default_code = "model_not_found"
+    default_code = "not_found"
     grpc_code = "NOT_FOUND"
+
+
+class ModelNotFoundError(NotFoundError):
+    default_code = "model_not_found"
+
+
+class ConflictError(RequestError):
+    status = 409
+    type = "conflict_error"
+    default_code = None
+    grpc_code = "ALREADY_EXISTS"
+
+
+class PreconditionFailedError(RequestError):
+    """A write that names another version than the current one: somebody else wrote in between."""
+
+    status = 412
+    type = "conflict_error"
+    default_code = "version_mismatch"
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class PreconditionRequiredError(PreconditionFailedError):
+    """A write without If-Match (RFC 6585)."""
+
+    status = 428
+    default_code = "version_required"
+
+
+class RateLimitError(RequestError):
+    """The caller's own quota is used up; 503 is the server's.
+
+    Attributes:
+        kind: `requests`, `tokens`, `concurrency`, `daily_tokens` or `failures`; a metrics label.
+        limit_headers: the x-ratelimit-* headers of the reply.
+    """
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    grpc_code = "RESOURCE_EXHAUSTED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str,
+        retry_after: float,
+        code: str | None = None,
+        limit_headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, retry_after=retry_after)
+        self.kind = kind
+        self.limit_headers = dict(limit_headers or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        # A day's quota does not come back by retrying (`insufficient_quota`); OpenAI's clients read this header.
+        never = {"x-should-retry": "false"} if self.code == "insufficient_quota" else {}
+        return {**super().headers, **self.limit_headers, **never}
 
 
 class RequestTooLargeError(RequestError):
@@ -138,6 +256,12 @@ class ModelLoadingError(UnavailableError):
 
 class EngineRestartedError(UnavailableError):
     default_code = "engine_restarted"
+
+
+class AccessUnavailableError(UnavailableError):
+    """Codes: `auth_unavailable`, `policy_unavailable`, `limits_unavailable`, `audit_unavailable`."""
+
+    default_code = "auth_unavailable"
 
 
 class DrainingError(UnavailableError):

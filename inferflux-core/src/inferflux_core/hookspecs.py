@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import pluggy
 
+from inferflux_core.identity import AuthProvider
 from inferflux_core.interfaces import Backend, ModelSource, Registration, Scheduler
 
 PROJECT = "inferflux"
@@ -98,4 +99,35 @@ def inferflux_model_sources() -> Iterable[Registration[ModelSource]]:  # type: i
         @hookimpl
         def inferflux_model_sources():
             return [Registration(name="share", factory=lambda settings: Share(), summary="models on the file share")]
+    """
+
+
+@hookspec
+def inferflux_auth_providers() -> Iterable[Registration[AuthProvider]]:  # type: ignore[empty-body]  # pluggy: no body
+    """Auth providers, which turn credentials into principals. `factory(settings, context)` returns an `AuthProvider`; the
+    context is an `inferflux_core.identity.AuthContext`. Chosen by `auth.providers`.
+
+    Example, tickets of a house of its own:
+
+        import hmac
+
+        from inferflux_core.errors import AuthenticationError
+        from inferflux_core.hookspecs import hookimpl
+        from inferflux_core.identity import AuthProvider, Principal
+        from inferflux_core.interfaces import Registration
+
+
+        class Tickets(AuthProvider):
+            def claims(self, credential):
+                return credential.startswith("ticket-")
+
+            async def authenticate(self, credential, address):
+                if not hmac.compare_digest(credential.encode(), b"ticket-for-the-show"):
+                    raise AuthenticationError("unknown_ticket")
+                return Principal(subject="user:house|guest", tenant="guests", method="tickets", roles=frozenset({"user"}))
+
+
+        @hookimpl
+        def inferflux_auth_providers():
+            return [Registration(name="tickets", factory=lambda settings, context: Tickets(), summary="tickets of the house")]
     """

@@ -21,6 +21,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "backend": "inferflux_backends",
         "scheduler": "inferflux_schedulers",
         "model source": "inferflux_model_sources",
+        "auth provider": "inferflux_auth_providers",
     }
 )
 

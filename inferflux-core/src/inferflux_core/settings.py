@@ -17,6 +17,17 @@ class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TlsSettings(Group):
+    """TLS of the server's port. A certificate that cannot be used stops the start; it never falls back to plain HTTP."""
+
+    certificate: Path = Field(description="PEM file: the server's certificate, then those between it and the root.")
+    key: Path = Field(description="PEM file of the certificate's private key; readable by this user only.")
+    client_ca: Path | None = Field(
+        None, description="PEM file of the authorities whose client certificates are asked for and required (mutual TLS)."
+    )
+    min_version: Literal["1.2", "1.3"] = Field("1.2", description="Oldest TLS version to speak.")
+
+
 class ServerSettings(Group):
     """The HTTP server."""
 
@@ -42,6 +53,39 @@ class ServerSettings(Group):
     slow_reader_timeout_s: float = Field(
         30.0, gt=0, description="Seconds a client may take to read what was sent before its stream is aborted."
     )
+    header_timeout_s: float = Field(
+        10.0, gt=0, description="Seconds from the first byte of a request to the end of its head; then 408 and the end."
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="Longest silence within a request body, and time for its first bytes; then 408 and the end."
+    )
+    min_body_bytes_per_s: int = Field(
+        1024, ge=0, description="Slowest body in bytes per second, on average once body_timeout_s has passed; 0 allows any."
+    )
+    idle_timeout_s: float = Field(75.0, gt=0, description="Seconds a connection may wait for its first or next request.")
+    max_header_bytes: int = Field(32 * 1024, ge=1024, description="Largest head of a request in bytes; a larger one gets 431.")
+    max_headers: int = Field(100, ge=8, description="Most header lines of a request; more get 431.")
+    max_connections: int = Field(4096, ge=1, description="Most connections at once; one more is answered 503 and closed.")
+    max_connections_per_client: int = Field(
+        1024, ge=1, description="Most connections at once from one address, trusted proxies excepted."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names in the `Host` header that this server answers to, such as `llm.example.com` or `*.example.com`; "
+        "beyond these and its own address nothing. Empty: loopback names on loopback, any name elsewhere.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (),
+        description="Web origins, such as `https://chat.example.com`, whose pages may call this server. Requests with another "
+        "`Origin` get 403, and no page may read a reply across origins (no CORS) unless listed.",
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description="Addresses or networks of proxies whose `X-Forwarded-For` is believed; empty believes none."
+    )
+    public_url: str | None = Field(
+        None, description="URL at which clients reach this server, for OAuth metadata; never taken from a request."
+    )
+    tls: TlsSettings | None = Field(None, description="Certificate and key; null serves plain HTTP.")
 
 
 class ModelSettings(Group):
@@ -125,6 +169,82 @@ class MetricsSettings(Group):
     enabled: bool = Field(True, description="Serve `GET /metrics` on the server's port.")
 
 
+class Limits(Group):
+    """How much one key, tenant or model may use. Null does not limit."""
+
+    rpm: int | None = Field(None, ge=1, description="Requests a minute; also how many may come at once.")
+    tpm: int | None = Field(None, ge=1, description="Tokens a minute, prompt and output; also how many may come at once.")
+    concurrency: int | None = Field(None, ge=1, description="Requests being answered at one time.")
+    daily_tokens: int | None = Field(None, ge=1, description="Tokens a day (UTC), prompt and output.")
+    max_tokens: int | None = Field(None, ge=1, description="Most output tokens of one choice; a request for more gets this many.")
+
+
+class AuthSettings(Group):
+    """Who may call. Without a provider everyone who reaches the server may use the models, and nobody the admin API."""
+
+    providers: tuple[str, ...] = Field(
+        (), description="Names of auth providers, in the order in which they are asked whose a credential is: `api_keys`, `oidc`."
+    )
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Settings of each provider by its name.")
+    max_failures_per_minute: int = Field(
+        20, ge=1, description="Failed authentications of one client address a minute; then 429 without looking at the credential."
+    )
+
+
+class PolicySettings(Group):
+    """Role-based access control with a Casbin policy file that administrators edit."""
+
+    file: Path | None = Field(
+        None, description="Policy file (CSV). Null: what a credential's scopes and model list allow is allowed."
+    )
+    tests: Path | None = Field(
+        None, description="Test cases that a policy must pass before it is taken; by default `tests.csv` beside it, if it exists."
+    )
+    reload_interval_s: float = Field(1.0, gt=0, description="Seconds between looks at the file for a change.")
+
+
+class LimitSettings(Group):
+    """Quotas. Those of a key come on top of those of its tenant and of the model; the tightest counts."""
+
+    default: Limits = Field(default_factory=Limits, description="Of each key or user that has no limits of its own.")
+    tenants: dict[str, Limits] = Field(default_factory=dict, description="Of all of a tenant together, by its name; `*` others.")
+    models: dict[str, Limits] = Field(default_factory=dict, description="Of all use of a model together, by its name; `*` others.")
+    store: Literal["memory", "redis"] = Field("memory", description="`redis` shares the counts among replicas.")
+    redis_url: SecretStr | None = Field(None, description="`redis://host:port/db` or `rediss://...`.")
+    redis_prefix: str = Field("inferflux", description="Begins the name of every Redis key.")
+    replicas: int = Field(1, ge=1, description="Servers that share the limits; each takes its part while Redis cannot be reached.")
+    on_store_error: Literal["local", "deny", "allow"] = Field(
+        "local", description="While Redis cannot be reached: count here with each limit divided by `replicas`, answer 503, or allow."
+    )
+
+
+class AuditSettings(Group):
+    """The audit log: one JSON object a line, each chained to the one before by a keyed hash."""
+
+    enabled: bool | None = Field(None, description="Null: on when there is an auth provider.")
+    file: Path | None = Field(None, description="The log; by default `audit.jsonl` in the state folder.")
+    checkpoint_file: Path | None = Field(
+        None, description="Signed checkpoints, best on another disk; by default `audit-checkpoints.jsonl` in the state folder."
+    )
+    checkpoint_records: int = Field(1000, ge=1, description="A checkpoint after so many records,")
+    checkpoint_interval_s: float = Field(60.0, gt=0, description="or after so many seconds with any record.")
+    fsync: Literal["never", "interval", "each"] = Field(
+        "interval",
+        description="When records are forced to disk: at the system's leisure, every 100 ms, or before the response ends.",
+    )
+    required: bool = Field(False, description="Answer 503 to new requests while the log cannot be written.")
+    on_full: Literal["block", "drop", "reject"] = Field(
+        "block", description="While the queue is full: requests wait, their records are dropped and counted, or they get 503."
+    )
+    queue_size: int = Field(10_000, ge=1, description="Records that may wait to be written.")
+    max_file_bytes: int = Field(256 * 1024 * 1024, ge=4096, description="Size at which a new file is begun.")
+    content: Literal["none", "hash", "redacted", "full"] = Field(
+        "none",
+        description="What is kept of prompts: nothing, a keyed hash, the text with what looks like a credential, an address or a "
+        "number of a person blacked out, or the text.",
+    )
+
+
 class Settings(Group):
     """All of InferFlux. With no file at all it serves the demo model on 127.0.0.1:8080."""
 
@@ -141,6 +261,15 @@ class Settings(Group):
     plugins: PluginSettings = Field(default_factory=PluginSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     metrics: MetricsSettings = Field(default_factory=MetricsSettings)
+    state_dir: Path | None = Field(
+        None,
+        description="Folder of this server's own files: keys, audit log, secrets of both. By default "
+        "`$XDG_STATE_HOME/inferflux` or `~/.local/state/inferflux`. Only this user may read it.",
+    )
+    auth: AuthSettings = Field(default_factory=AuthSettings)
+    policy: PolicySettings = Field(default_factory=PolicySettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    audit: AuditSettings = Field(default_factory=AuditSettings)
 
     @model_validator(mode="after")
     def _room_for_prefill(self) -> Settings:

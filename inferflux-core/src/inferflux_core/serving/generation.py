@@ -7,15 +7,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from inferflux_core.identity import Principal
 from inferflux_core.models.prompts import ChatPrompt, Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who asks. Without an auth provider everyone is this anonymous principal of the default tenant."""
-
-    subject: str = "anonymous"
-    tenant: str = "default"
 
 
 @dataclass(slots=True)
@@ -27,6 +20,7 @@ class RequestContext:
         endpoint: route template, e.g. `/v1/chat/completions`; a metrics label.
         arrival: `time.monotonic()` when the request came in.
         deadline: `time.monotonic()` after which the request ends with 504.
+        principal: who asks.
     """
 
     endpoint: str
