@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := inferflux-core inferflux-backend-llamacpp inferflux-backend-torch
+PACKAGES := inferflux-core inferflux-auth-oidc inferflux-backend-llamacpp inferflux-backend-torch
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard inferflux-backend-torch/setup.py inferflux-backend-torch/src/*/native/*.c)
 SOURCES := $(PACKAGES:%=%/src) tests tools examples
@@ -45,5 +45,5 @@ $(INSTALLED): constraints-dev.txt requirements-dev.txt $(PACKAGES:%=%/pyproject.
 	@echo "Installing. The first time llama-cpp-python compiles for about five minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -r requirements-dev.txt \
-		-e './inferflux-core[demo]' -e ./inferflux-backend-llamacpp -e './inferflux-backend-torch[transformers]'
+		-e './inferflux-core[demo,redis]' -e ./inferflux-auth-oidc -e ./inferflux-backend-llamacpp -e './inferflux-backend-torch[transformers]'
 	@touch $@

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +40,10 @@ NEVER_IN_CORE = {
     "oauthlib",
     "msal",
     "cedarpy",
-    "casbin",
     "regopy",
 }
+# Libraries that a part of core uses and nothing else in it, loaded only by servers that need them.
+ONLY_IN = {"casbin": {"access"}, "cryptography": {"access", "serving"}, "redis": {"access"}}
 UNPICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
 
@@ -99,7 +102,7 @@ def is_allowed(found: Import) -> bool:
         return True
     above, below = layer_of(found.importer), layer_of(imported)
     if found.importer == BUILTIN:
-        return below == "" or (not found.at_load and below in ("models", "engine", TESTING))
+        return below == "" or (not found.at_load and below in ("access", "models", "engine", TESTING))
     if below == TESTING:
         return above == TESTING
     if above == TESTING:
@@ -147,6 +150,22 @@ def test_core_never_imports_what_plugins_bring() -> None:
     assert [str(i) for i in all_imports() if i.imported.partition(".")[0] in NEVER_IN_CORE] == []
 
 
+def test_heavy_libraries_stay_in_their_folder() -> None:
+    found = [i for i in all_imports() if i.imported.partition(".")[0] in ONLY_IN]
+    assert {i.imported.partition(".")[0] for i in found} == set(ONLY_IN), "one of them is not used any more"
+    assert [str(i) for i in found if layer_of(i.importer) not in ONLY_IN[i.imported.partition(".")[0]]] == []
+
+
+def test_a_server_without_access_control_does_not_load_what_that_needs() -> None:
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import inferflux_core.serving.app, inferflux_core.serving.pipeline, sys; print(*sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert set(ONLY_IN) & set(loaded) == set()
+
+
 def test_nobody_unpickles() -> None:
     """Unpickling runs code. Other packages of the workspace are held to it as well."""
     found = [str(i) for i in all_imports() if i.imported.partition(".")[0] in UNPICKLING]
@@ -157,14 +176,15 @@ def test_nobody_unpickles() -> None:
     assert found == []
 
 
-def test_backends_use_the_public_half_of_core() -> None:
-    """A backend imports what plugin authors may: interfaces, vocabulary, sampler, settings, errors, hooks, file names."""
+def test_plugins_use_the_public_half_of_core() -> None:
+    """Our own plugins import what plugin authors may: interfaces, vocabulary, sampler, settings, errors, hooks, file names."""
     public = {
         "builtin",
         "engine.sampling",
         "engine.types",
         "errors",
         "hookspecs",
+        "identity",
         "interfaces",
         "models.shards",
         "plugins",
@@ -172,7 +192,8 @@ def test_backends_use_the_public_half_of_core() -> None:
         "testing",
     }
     found = []
-    for path in sorted(ROOT.parents[2].glob("inferflux-backend-*/src/**/*.py")):
+    plugins = [p for p in ROOT.parents[2].glob("inferflux-*/src/**/*.py") if ROOT not in p.parents]
+    for path in sorted(plugins):
         for i in imports_of(path.read_text(encoding="utf-8"), path.stem):
             inner = i.imported.removeprefix(f"{PACKAGE}.")
             if i.imported.startswith(PACKAGE) and inner not in public and inner.partition(".")[0] != "testing":

@@ -32,7 +32,7 @@ Install = Callable[..., None]
 PREAMBLE = "from inferflux_core.hookspecs import hookimpl\nfrom inferflux_core.interfaces import Registration\n"
 
 # What other packages of the workspace register, or whether they are installed, does not matter here.
-BLOCKED = ["inferflux-backend-llamacpp", "inferflux-backend-torch"]
+BLOCKED = ["inferflux-auth-oidc", "inferflux-backend-llamacpp", "inferflux-backend-torch"]
 
 
 @pytest.fixture

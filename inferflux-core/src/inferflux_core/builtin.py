@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from inferflux_core.hookspecs import hookimpl
+from inferflux_core.identity import AuthContext, AuthProvider
 from inferflux_core.interfaces import Backend, ModelSource, Registration, Scheduler
 
 if TYPE_CHECKING:
@@ -93,5 +94,27 @@ def inferflux_backends() -> Iterable[Registration[Backend]]:
             factory=_fake_backend,
             settings=FakeSettings,
             summary="deterministic tokens without a model, for tests and load tests of the server alone",
+        )
+    ]
+
+
+def _api_keys(settings: BaseModel, context: AuthContext) -> AuthProvider:
+    from inferflux_core.access.api_keys import ApiKeyProvider
+    from inferflux_core.access.api_key_settings import ApiKeySettings
+
+    assert isinstance(settings, ApiKeySettings)
+    return ApiKeyProvider(settings, context)
+
+
+@hookimpl
+def inferflux_auth_providers() -> Iterable[Registration[AuthProvider]]:
+    from inferflux_core.access.api_key_settings import ApiKeySettings
+
+    return [
+        Registration(
+            name="api_keys",
+            factory=_api_keys,
+            settings=ApiKeySettings,
+            summary="API keys that this server issues and keeps as keyed hashes",
         )
     ]

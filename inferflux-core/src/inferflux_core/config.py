@@ -156,13 +156,36 @@ def served_name(model: ModelSettings) -> str:
 def bind_problems(settings: Settings) -> list[str]:
     """What `check_bind` would refuse."""
     host = settings.server.host
-    if settings.server.insecure_no_auth or _is_loopback(host):
+    if settings.server.insecure_no_auth or settings.auth.providers or _is_loopback(host):
         return []
     return [
-        f"server.host: {host!r} can be reached from other machines, and no auth provider is configured (this version "
-        f"has none); listen on 127.0.0.1, or let anyone use the models with --insecure-no-auth "
+        f"server.host: {host!r} can be reached from other machines, and no auth provider is configured; set auth.providers "
+        f"(such as [api_keys]), listen on 127.0.0.1, or let anyone use the models with --insecure-no-auth "
         f"(server.insecure_no_auth: true)"
     ]
+
+
+def _access_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
+    """Parts of access control that contradict one another: each would leave open what somebody meant to close."""
+    auth, limits = settings.auth, settings.limits
+    problems: list[str] = []
+    for name in auth.providers:
+        try:
+            registry.settings("auth provider", name, auth.settings.get(name, {}))
+        except PluginError as error:
+            problems.append(f"auth.providers: {error}")
+    for name in auth.settings:
+        if name not in auth.providers:
+            problems.append(f"auth.settings.{name}: there are settings, but auth.providers does not name {name!r}; add it there")
+    if len(set(auth.providers)) < len(auth.providers):
+        problems.append("auth.providers: a name stands there twice; remove one")
+    if auth.providers and settings.server.insecure_no_auth:
+        problems.append("server.insecure_no_auth: is on although auth.providers are set; turn one of them off")
+    if settings.policy.file is not None and not auth.providers:
+        problems.append("policy.file: a policy without auth.providers would never be asked; set auth.providers")
+    if limits.store == "redis" and limits.redis_url is None:
+        problems.append("limits.redis_url: is missing, and limits.store is 'redis'; set it, e.g. redis://127.0.0.1:6379/0")
+    return problems
 
 
 def plugin_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
@@ -187,7 +210,7 @@ def plugin_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
         elif model.backend not in refused:  # already reported, and the model can only repeat it
             values = {**settings.backends.get(model.backend, {}), **model.backend_settings}
             check(path, "backend", model.backend, values)
-    return problems + _name_problems(settings.models)
+    return problems + _access_problems(settings, registry) + _name_problems(settings.models)
 
 
 def _auto_problems(path: str, model: ModelSettings, settings: Settings, registry: PluginRegistry) -> list[str]:

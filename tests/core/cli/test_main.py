@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from inferflux_core.cli.effective import MASK
 from inferflux_core.cli.main import COMMANDS, cli
 from inferflux_core.config import Loaded, load_settings
+from inferflux_core.effective import MASK
 from inferflux_core.plugins import PluginRegistry
 from inferflux_core.settings import ModelSettings, Settings
 
@@ -260,7 +260,7 @@ models: [{source: demo, backend_settings: {api_key: s3cr3t, step_ms: 2}}]
 
 
 def active_parts(*arguments: str) -> dict[tuple[str, str], str | None]:
-    blocked = '["inferflux-backend-llamacpp", "inferflux-backend-torch"]'
+    blocked = '["inferflux-auth-oidc", "inferflux-backend-llamacpp", "inferflux-backend-torch"]'
     result = inferflux("plugins", "--json", *arguments, env={"INFERFLUX_PLUGINS__BLOCKED": blocked})
     assert result.exit_code == 0
     rows = json.loads(result.stdout)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
+from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.types import EngineStats
 from inferflux_core.errors import ModelLoadingError, ModelNotFoundError
 from inferflux_core.interfaces import Tokenizer
@@ -144,7 +146,12 @@ class Stand:
     settings: Settings
     metrics: Metrics
     state: ServerState
+    access: AccessServices
     app: FastAPI
+
+    def routes(self) -> list[APIRoute]:
+        """Every route of the application."""
+        return [route for route in self.app.routes if isinstance(route, APIRoute)]
 
     def client(self, base_url: str = "http://127.0.0.1") -> httpx.AsyncClient:
         """A client that calls the application without a network."""
@@ -157,14 +164,22 @@ class Stand:
         return float(values[0]) if values else 0.0
 
 
-def stand(*steps: Step, models: FakeModels | None = None, settings: Settings | None = None, **server: object) -> Stand:
+def stand(
+    *steps: Step,
+    models: FakeModels | None = None,
+    settings: Settings | None = None,
+    access: AccessServices | None = None,
+    metrics: Metrics | None = None,
+    **server: object,
+) -> Stand:
     """An application whose pipeline follows `steps`; keyword arguments are server settings."""
     pipeline = ScriptedPipeline(steps or HELLO)
     models = models or FakeModels()
     settings = settings or Settings(server=ServerSettings.model_validate(server))
-    metrics, state = Metrics(), ServerState()
-    app = create_app(Services(pipeline=pipeline, models=models, settings=settings, metrics=metrics, state=state))
-    return Stand(pipeline, models, settings, metrics, state, app)
+    metrics, state = metrics or Metrics(), ServerState()
+    access = access or AccessServices.open(settings, metrics)
+    app = create_app(Services(pipeline=pipeline, models=models, access=access, settings=settings, metrics=metrics, state=state))
+    return Stand(pipeline, models, settings, metrics, state, access, app)
 
 
 class _Server(uvicorn.Server):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from inferflux_core.cli.effective import as_json, as_yaml, effective_values
 from inferflux_core.config import bind_problems, load_settings, plugin_problems, problems_error, served_name
+from inferflux_core.effective import as_json, as_yaml, effective_values
 from inferflux_core.plugins import PluginRegistry, load_plugins
 from inferflux_core.settings import Settings
 

@@ -12,6 +12,7 @@ import click
 
 from .api_client import ApiClient, StreamPart, Usage
 from .api_errors import ApiError, printable
+from .login import login, logout
 from .server_options import GlobalOptions, Server, global_options, print_json, server_command
 from .table import print_table
 
@@ -29,6 +30,10 @@ def inferctl(context: click.Context, /, options: GlobalOptions) -> None:
     Exit codes: 0 done, 1 the server or the request failed, 2 wrong usage, 130 stopped with Ctrl-C.
     """
     context.obj = options
+
+
+inferctl.add_command(login)
+inferctl.add_command(logout)
 
 
 def main() -> None:

@@ -36,7 +36,14 @@ class Server:
     as_json: bool
 
     def connect(self) -> ApiClient:
-        """A client for the server; nothing is sent yet."""
+        """A client for the server; nothing is sent yet. Without an API key it uses the login there, if there is one."""
+        if self.endpoint.api_key is None:
+            from .login_session import LoggedInClient, LoginSession
+            from .token_store import TokenStore
+
+            session = LoginSession(TokenStore.of_user(), self.endpoint.url)
+            if session.exists():
+                return LoggedInClient(self.endpoint, session, timeout_s=self.timeout_s)
         return ApiClient(self.endpoint, timeout_s=self.timeout_s)
 
 

@@ -1,125 +1,90 @@
-"""The models that are served: loading them, finding them by name, and turning prompts into their tokens."""
+"""The models that are served: loading and unloading them, finding them by name, and turning prompts into their tokens."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from inferflux_core.config import served_name
-from inferflux_core.engine.client import EngineClient, EngineState
-from inferflux_core.engine.loop import EngineSpec
-from inferflux_core.engine.types import EngineStats
-from inferflux_core.errors import ConfigError, InvalidRequestError, ModelFileError, ModelLoadingError, ModelNotFoundError
-from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, SourceContext, Tokenizer
-from inferflux_core.models.chat_template import ChatTemplate
+from inferflux_core.engine.client import EngineState
+from inferflux_core.errors import (
+    ConfigError,
+    ConflictError,
+    InvalidRequestError,
+    ModelFileError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestTimeoutError,
+)
+from inferflux_core.interfaces import Tokenizer
+from inferflux_core.models.model_loader import EngineFactory, ModelLoader
 from inferflux_core.models.prompts import ChatPrompt, Prompt
-from inferflux_core.models.sources import resolve_model
+from inferflux_core.models.routing import Routing
+from inferflux_core.models.served_model import RETRY_SECONDS, ServedModel
+from inferflux_core.models.sources import HUB_PREFIX
 from inferflux_core.plugins import PluginRegistry
+from inferflux_core.setting_paths import is_path
 from inferflux_core.settings import ModelSettings, Settings
 
-logger = logging.getLogger("inferflux.models")
+__all__ = ["EngineFactory", "ModelManager", "ServedModel"]
 
-EngineFactory = Callable[[str, EngineSpec], EngineClient]
+logger = logging.getLogger("inferflux.models")
 
 Segments = Sequence[tuple[str, bool]]  # text, and whether control tokens in it are meant
 
 # Shorter texts are tokenised in the event loop: handing them to a thread would take longer.
 _INLINE_CHARACTERS = 2048
-
-
-class ServedModel:
-    """One configured model, from before it is loaded until the server stops."""
-
-    def __init__(self, name: str, settings: ModelSettings, is_default: bool) -> None:
-        self.name = name
-        self.settings = settings
-        self.aliases = settings.aliases
-        self.is_default = is_default
-        self.created = int(time.time())
-        self.backend = settings.backend
-        self.files: ModelFiles | None = None
-        self.engine: EngineClient | None = None
-        self.tokenizer: Tokenizer | None = None
-        self.template: ChatTemplate | None = None
-        self.fingerprint = "fp_inferflux"
-        self._failure: str | None = None
-
-    def fail(self, reason: str) -> None:
-        """It could not be loaded; the other models go on."""
-        self._failure = reason
-        self.engine = None
-
-    @property
-    def state(self) -> str:
-        if self._failure is not None:
-            return EngineState.FAILED
-        if self.engine is None or (self.tokenizer is None and self.engine.state is EngineState.READY):
-            return EngineState.LOADING
-        return self.engine.state
-
-    @property
-    def max_model_len(self) -> int | None:
-        info = None if self.engine is None else self.engine.model_info
-        return None if info is None else info.max_model_len
-
-    @property
-    def details(self) -> dict[str, str]:
-        info = None if self.engine is None else self.engine.model_info
-        return {} if info is None else dict(info.details)
-
-    @property
-    def restarts(self) -> int:
-        return 0 if self.engine is None else self.engine.restarts
-
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats() if self.engine is None else self.engine.stats
-
-    @property
-    def last_error(self) -> str | None:
-        return self._failure if self.engine is None else self.engine.last_error
-
-    @property
-    def load_seconds(self) -> float | None:
-        return None if self.engine is None else self.engine.load_seconds
-
-    @property
-    def making_progress(self) -> bool:
-        return self.engine is not None and self.engine.making_progress
-
-    def ready_engine(self) -> EngineClient:
-        """Raises ModelLoadingError unless requests are taken now."""
-        if self.engine is None or self.state != EngineState.READY:
-            reason = "could not be loaded" if self._failure is not None else f"is not ready ({self.state})"
-            raise ModelLoadingError(f"The model {self.name!r} {reason}. Please retry later.", retry_after=2.0)
-        return self.engine
-
-    def ready_tokenizer(self) -> Tokenizer:
-        """Raises ModelLoadingError before it is loaded. It stays while the engine restarts."""
-        if self.tokenizer is None:
-            raise ModelLoadingError(f"The model {self.name!r} is not loaded. Please retry later.", retry_after=2.0)
-        return self.tokenizer
+# Engines change their state without an event: how often, in seconds, those who wait for one look.
+_LOOK_SECONDS = 0.05
+_WAITED_FOR = (EngineState.LOADING, EngineState.RESTARTING)
 
 
 class ModelManager:
-    """All configured models."""
+    """All models: those of the configuration, and those that administrators load while the server runs.
+
+    Call it in the event loop. What it lists changes as a whole: a list that was handed out stays as it was.
+
+    Attributes:
+        routing: rules for requests that name no model or one that is not ready; may be replaced at any time.
+    """
 
     def __init__(self, settings: Settings, registry: PluginRegistry, engine_factory: EngineFactory) -> None:
+        self.routing = Routing()
         self._settings = settings
         self._registry = registry
-        self._engine_factory = engine_factory
+        self._loader = ModelLoader(settings, registry, engine_factory)
         chosen = next((m for m in settings.models if m.default), settings.models[0])
-        self._models = [ServedModel(served_name(m), m, m is chosen) for m in settings.models]
-        self._by_name = {name: model for model in self._models for name in (model.name, *model.aliases)}
+        self._models: tuple[ServedModel, ...] = ()
+        self._by_name: dict[str, ServedModel] = {}
+        self._set(tuple(ServedModel(served_name(m), m, m is chosen) for m in settings.models))
+        self._loads: dict[ServedModel, asyncio.Task[None]] = {}
+        self._unloads: set[asyncio.Task[None]] = set()
+        self._waiting = 0
+
+    def _set(self, models: tuple[ServedModel, ...]) -> None:
+        self._models = models
+        self._by_name = {name: model for model in models for name in model.names}
 
     def get(self, name: str | None) -> ServedModel:
-        """The model of this name or alias; None means the default one. Raises ModelNotFoundError."""
+        """The model of this name or alias; None means the default one.
+
+        Raises:
+            ModelNotFoundError: no model has this name.
+            InvalidRequestError: None, and the routing rules want a name.
+        """
         if name is None:
+            if not self.routing.allow_default_fallback:
+                raise InvalidRequestError(
+                    "Missing required parameter: 'model'. This server has no default for it (allow_default_fallback is "
+                    "off); GET /v1/models lists the models there are.",
+                    param="model",
+                )
             return next(model for model in self._models if model.is_default)
+        return self._named(name)
+
+    def _named(self, name: str) -> ServedModel:
         model = self._by_name.get(name)
         if model is None:
             raise ModelNotFoundError(
@@ -127,120 +92,165 @@ class ModelManager:
             )
         return model
 
-    # --- loading ------------------------------------------------------------------------------------------------------
+    async def wait_ready(self, model: ServedModel, deadline: float) -> None:
+        """Returns at once, or, if the routing rules say that requests wait for a model, when it is not loading any more.
+
+        Whether it is ready then, `ServedModel.ready_engine` tells.
+
+        Args:
+            deadline: `time.monotonic()` up to which to wait.
+
+        Raises:
+            RequestTimeoutError: the deadline came first.
+            OverloadedError: as many wait already as may (`engine.max_waiting_requests`).
+        """
+        if self.routing.require_ready_backend or model.state not in _WAITED_FOR:
+            return
+        if self._waiting >= self._settings.engine.max_waiting_requests:
+            raise OverloadedError(
+                f"{self._waiting} requests are waiting for models that are not ready. Please retry later.",
+                retry_after=RETRY_SECONDS,
+            )
+        self._waiting += 1
+        try:
+            while model.state in _WAITED_FOR:
+                if time.monotonic() >= deadline:
+                    raise RequestTimeoutError(
+                        f"The model {model.name!r} did not become ready ({model.state}) in the time of this request. Please "
+                        f"retry later."
+                    )
+                await asyncio.sleep(_LOOK_SECONDS)
+        finally:
+            self._waiting -= 1
+
+    # --- loading and unloading ----------------------------------------------------------------------------------------
 
     async def load(self) -> None:
-        """Load all models side by side. One that fails is marked and logged; the others go on.
+        """Load all models of the configuration side by side. One that fails is marked and logged; the others go on.
 
         Raises:
             ConfigError: not a single model could be loaded.
         """
-        await asyncio.gather(*(self._load(model) for model in self._models))
-        failed = [model for model in self._models if model.state == EngineState.FAILED]
-        if len(failed) == len(self._models):
+        models = self._models
+        await asyncio.gather(*(self._loader.load(model, show_progress=True) for model in models))
+        failed = [model for model in models if model.state == EngineState.FAILED]
+        if len(failed) == len(models):
             raise ConfigError("\n".join(f"model {model.name!r}: {model.last_error}" for model in failed))
 
-    async def _load(self, model: ServedModel) -> None:
+    def add(self, settings: ModelSettings) -> ServedModel:
+        """Take one more model and begin to load it; `loaded` waits for the end. With `settings.default` it becomes the
+        default once it is ready. A model of the same name that had failed is replaced.
+
+        Until a restart: what is loaded here is not written into the configuration.
+
+        Raises:
+            ConflictError: a name is taken.
+            ModelFileError: the source may not be loaded while the server runs.
+            PluginError: there is no such backend, or it refuses the settings.
+        """
+        self._check_source(settings)
+        if settings.backend != "auto":
+            values = {**self._settings.backends.get(settings.backend, {}), **settings.backend_settings}
+            self._registry.settings("backend", settings.backend, values)
+        model = ServedModel(served_name(settings), settings)
+        before = self._by_name.get(model.name)
+        replaced = before if before is not None and before.name == model.name and before.state == EngineState.FAILED else None
+        for name in model.names:
+            owner = self._by_name.get(name)
+            if owner is not None and owner is not replaced:
+                raise ConflictError(
+                    f"The name {name!r} belongs to the model {owner.name!r} ({owner.state}). Choose another, or unload that "
+                    f"model first.",
+                    param="id",
+                )
+        model.is_default = replaced is not None and replaced.is_default
+        self._set((*(m for m in self._models if m is not replaced), model))
+        task = self._loads[model] = asyncio.create_task(self._load_added(model), name=f"load {model.name}")
+        task.add_done_callback(lambda _: self._loads.pop(model, None))
+        return model
+
+    def _check_source(self, settings: ModelSettings) -> None:
+        """The configuration is trusted with any path; who calls the API is not."""
+        source = settings.source
+        if is_path(source) and self._settings.model_roots is None:
+            raise ModelFileError(
+                "models can be loaded from a path only if the configuration says from which folders; set model_roots"
+            )
+        if source.startswith(HUB_PREFIX) and self._settings.hub.offline:
+            raise ModelFileError(f"{source!r} would have to be downloaded, and hub.offline is on; load it from a path")
+
+    async def _load_added(self, model: ServedModel) -> None:
         try:
-            backend = await asyncio.to_thread(self._find, model)
-            assert model.files is not None
-            model.engine = self._engine_factory(model.name, self._spec(model))
-            # The engine process opens the files first: what crashes native code dies there, not here.
-            await model.engine.start()
-            model.template, model.tokenizer = await asyncio.to_thread(self._tokenizer, model, backend)
-        except ConfigError as error:
-            if model.engine is not None:
-                await model.engine.stop()
-            model.fail(str(error))
-            logger.error("model %r: %s", model.name, error)
+            await self._loader.load(model, show_progress=False)
+        except Exception:  # of a plugin, say: this model fails, and the server goes on
+            logger.exception("model %r could not be loaded", model.name)
+            await model.end()
+            model.fail("an unexpected error, which the server's log tells")
+        if model.settings.default and model.state == EngineState.READY:
+            self.set_default(model.name)
 
-    def _find(self, model: ServedModel) -> Backend:
-        """Resolve the reference, choose the backend, and check the files before native code sees them."""
-        hub = self._settings.hub
-        context = SourceContext(
-            allowed_roots=self._settings.model_roots,
-            cache_dir=hub.cache_dir,
-            token=None if hub.token is None else hub.token.get_secret_value(),
-            offline=hub.offline,
-            show_progress=True,
-        )
-        model.files = files = resolve_model(self._registry, model.settings.source, context)
-        names = [model.settings.backend]
-        if model.settings.backend == "auto":
-            names = sorted(self._registry.entries["backend"])
-        backends = {name: self._create(name, model.settings) for name in names}
-        fitting = [name for name, backend in backends.items() if backend.supports(files)]
-        if not fitting:
-            raise ModelFileError(
-                f"no backend of {', '.join(names)} serves {files.format} files ({model.settings.source!r}); "
-                f"install the package of one that does, e.g. inferflux-backend-llamacpp for GGUF"
+    async def loaded(self, model: ServedModel) -> None:
+        """Returns when a model that was added is ready, has failed or was unloaded."""
+        if (task := self._loads.get(model)) is not None:
+            await asyncio.wait([task])
+
+    async def remove(self, name: str, *, drain_s: float) -> ServedModel:
+        """Unload a model: it takes no more requests, and those it has get `drain_s` seconds before they fail with 503.
+
+        Goes on to the end even if the caller is cancelled. Returns at once if it is being unloaded already.
+
+        Raises:
+            ModelNotFoundError: no model has this name.
+            ConflictError: it is the default one.
+        """
+        model = self._named(name)
+        if model.is_default:
+            raise ConflictError(
+                f"{model.name!r} is the default model and cannot be unloaded. Make another one the default first.", param="id"
             )
-        if len(fitting) > 1:
-            raise ModelFileError(
-                f"several backends serve {files.format} files: {', '.join(fitting)}; set `backend` of the model"
+        if not model.unloading:
+            model.unloading = True
+            task = asyncio.create_task(self._unload(model, drain_s), name=f"unload {model.name}")
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
+            await asyncio.shield(task)
+        return model
+
+    async def _unload(self, model: ServedModel, drain_s: float) -> None:
+        deadline = time.monotonic() + drain_s
+        while not model.is_idle and time.monotonic() < deadline:  # noqa: ASYNC110  # engines have no event for this
+            await asyncio.sleep(_LOOK_SECONDS)
+        if model.engine is not None:
+            await model.end()
+            await self.loaded(model)  # one that was still loading clears up after itself
+        # Without an engine it may be downloading, which cannot be interrupted; nothing comes of it then.
+        self._set(tuple(other for other in self._models if other is not model))
+        logger.info("model %r was unloaded", model.name)
+
+    def set_default(self, name: str) -> ServedModel:
+        """Make a model the one for requests that name none.
+
+        Raises:
+            ModelNotFoundError: no model has this name.
+            ConflictError: it is not ready.
+        """
+        model = self._named(name)
+        if model.state not in (EngineState.READY, EngineState.RESTARTING):
+            raise ConflictError(
+                f"The model {model.name!r} cannot become the default one, because it is {model.state}. Wait until it is ready.",
+                param="id",
             )
-        model.backend = fitting[0]
-        backend = backends[fitting[0]]
-        backend.validate(files)
-        identity = "|".join((files.ref, files.revision, *files.paths, model.backend))
-        model.fingerprint = "fp_" + hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
-        return backend
-
-    def _backend_settings(self, name: str, settings: ModelSettings) -> dict[str, Any]:
-        return {**self._settings.backends.get(name, {}), **settings.backend_settings}
-
-    def _create(self, name: str, settings: ModelSettings) -> Backend:
-        own = self._settings.backends.get(name, {}) if settings.backend == "auto" else self._backend_settings(name, settings)
-        backend: Backend = self._registry.create("backend", name, own)
-        return backend
-
-    def _spec(self, model: ServedModel) -> EngineSpec:
-        assert model.files is not None
-        engine, own = self._settings.engine, model.settings
-        return EngineSpec(
-            files=model.files,
-            backend=model.backend,
-            backend_settings=self._registry.settings(
-                "backend", model.backend, self._backend_settings(model.backend, own)
-            ).model_dump(mode="json"),
-            scheduler=engine.scheduler,
-            scheduler_settings=dict(engine.scheduler_settings),
-            config=EngineConfig(
-                max_num_seqs=own.max_num_seqs or engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                max_model_len=own.max_model_len or engine.max_model_len,
-                enable_prefix_caching=engine.enable_prefix_caching,
-                itl_target_ms=engine.itl_target_ms,
-            ),
-            blocked_plugins=self._settings.plugins.blocked,
-        )
-
-    @staticmethod
-    def _tokenizer(model: ServedModel, backend: Backend) -> tuple[ChatTemplate | None, Tokenizer]:
-        assert model.files is not None
-        tokenizer = backend.tokenizer(model.files)
-        source = tokenizer.chat_template
-        if (file := model.settings.chat_template) is not None:
-            try:
-                source = file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelFileError(f"chat template {str(file)!r} cannot be read: {error}") from error
-        if source is None:
-            return None, tokenizer
-        template = ChatTemplate(
-            source,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            special_tokens=tokenizer.special_tokens,
-        )
-        return template, tokenizer
+        for other in self._models:
+            other.is_default = other is model
+        return model
 
     async def stop(self) -> None:
-        """End all engines and template processes."""
-        await asyncio.gather(*(model.engine.stop() for model in self._models if model.engine is not None))
-        for model in self._models:
-            if model.template is not None:
-                await asyncio.to_thread(model.template.close)
+        """End all engines and template processes, and whatever is being loaded."""
+        tasks = [*self._loads.values(), *self._unloads]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(model.end() for model in self._models))
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -297,5 +307,5 @@ class ModelManager:
         )
 
     def list(self) -> Sequence[ServedModel]:
-        """All of them, in the order of the configuration."""
+        """All of them, in the order of the configuration, then in that of loading."""
         return self._models

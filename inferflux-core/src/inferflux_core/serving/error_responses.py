@@ -42,6 +42,14 @@ def json_response(body: bytes, status: int = 200, headers: Mapping[str, str] | N
     return Response(body, status, headers, media_type="application/json")
 
 
+def error_response(error: RequestError) -> Response:
+    """The reply that an error is."""
+    body = msgspec.json.encode(error.body())
+    if isinstance(error, RequestTooLargeError):
+        return LingeringResponse(body, error.status, {**error.headers, "Connection": "close"}, media_type="application/json")
+    return json_response(body, error.status, error.headers)
+
+
 def error_reason(error: RequestError) -> str:
     """Label of an error in metrics and logs: its code, or its type where OpenAI has no code."""
     return error.code or error.type
@@ -69,11 +77,7 @@ class LingeringResponse(Response):
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     Exchange.of(request.scope).error = error_reason(error)
-    body = msgspec.json.encode(error.body())
-    headers = error.headers
-    if isinstance(error, RequestTooLargeError):
-        return LingeringResponse(body, error.status, {**headers, "Connection": "close"}, media_type="application/json")
-    return json_response(body, error.status, headers)
+    return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

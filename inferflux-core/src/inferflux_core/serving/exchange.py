@@ -1,4 +1,4 @@
-"""One HTTP exchange: what is known about a request while it is answered, for its log line and its metrics."""
+"""One HTTP exchange: what is known about a request while it is answered, for its log line, metrics and audit record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
-from inferflux_core.serving.generation import Usage
+from inferflux_core.access.admission import Admission, Judged
+from inferflux_core.identity import Action, Principal
+from inferflux_core.serving.generation import RequestContext, Usage
 
 _SCOPE_KEY = "inferflux.exchange"
 UNMATCHED = "unmatched"
@@ -25,6 +27,12 @@ class Exchange:
         in_pipeline: the pipeline took over; it counts this request in the metrics itself.
         model: canonical name of the model that answers.
         usage: token counts, once they are known.
+        address: of the client; behind trusted proxies its own.
+        address_source: how it is known, `peer` or `forwarded`.
+        principal: who asks; anonymous until the gate has found out.
+        judged: the decisions made about this request.
+        auth_failure: why the credential was refused; never sent.
+        context: what the pipeline was given, if the request came so far.
     """
 
     request_id: str
@@ -34,6 +42,18 @@ class Exchange:
     in_pipeline: bool = False
     model: str | None = None
     usage: Usage | None = None
+    address: str | None = None
+    address_source: str = "peer"
+    principal: Principal = field(default_factory=Principal)
+    admission: Admission | None = None
+    judged: list[Judged] = field(default_factory=list)
+    auth_failure: str | None = None
+    context: RequestContext | None = None
+
+    def authorize(self, obj: str, action: Action) -> None:
+        """Raises ForbiddenError unless the principal may do this."""
+        assert self.admission is not None, "no gate in front of this route"
+        self.admission.authorize(self.principal, obj, action, self.judged)
 
     def attach(self, scope: Scope) -> None:
         """Put this exchange into the scope of its request."""

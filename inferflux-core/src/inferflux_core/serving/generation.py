@@ -7,8 +7,34 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from inferflux_core.access.admission import Judged
 from inferflux_core.identity import Principal
 from inferflux_core.models.prompts import ChatPrompt, Prompt
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the audit log says of a generation, however it ended.
+
+    Attributes:
+        requested_model: as the client wrote it, cut; None for the default model.
+        model, fingerprint: the model that was chosen; empty if none was.
+        prompt_tokens, output_tokens, cached_tokens: counts so far.
+        finish_reason: of the first choice; empty while it has not ended.
+        parameters: digest of everything in the request but the prompts.
+        content: what the configuration says to keep of the prompts.
+    """
+
+    requested_model: str | None = None
+    model: str = ""
+    fingerprint: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str = ""
+    parameters: str = ""
+    stream: bool = False
+    content: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -21,13 +47,19 @@ class RequestContext:
         arrival: `time.monotonic()` when the request came in.
         deadline: `time.monotonic()` after which the request ends with 504.
         principal: who asks.
+        judged: the decisions made about this request; the pipeline adds its own.
+        reply_headers: what the pipeline adds to the head of the reply, such as x-ratelimit-*.
+        outcome: what became of it, filled by the pipeline.
     """
 
     endpoint: str
     deadline: float
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    principal: Principal = Principal()
+    principal: Principal = field(default_factory=Principal)
     arrival: float = field(default_factory=time.monotonic)
+    judged: list[Judged] = field(default_factory=list)
+    reply_headers: dict[str, str] = field(default_factory=dict)
+    outcome: Outcome = field(default_factory=Outcome)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +175,7 @@ __all__ = [
     "Done",
     "Event",
     "GenerationRequest",
+    "Outcome",
     "Principal",
     "Prompt",
     "RequestContext",

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from inferflux_core.serving.error_responses import json_response
+from inferflux_core.serving.guard import GuardedRoute, needs, public
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
 from inferflux_core.serving.services import ModelView, Services
@@ -35,7 +36,7 @@ class ModelReadiness(msgspec.Struct, frozen=True):
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Reply of `/readyz`; status is `ready`, `not_ready` or `draining`."""
+    """Reply of `/readyz`; status is `ready`, `not_ready` or `draining`. Behind auth providers it names no models."""
 
     status: str
     models: list[ModelReadiness]
@@ -64,29 +65,35 @@ class Health(msgspec.Struct, frozen=True):
 
 def health_routes(services: Services) -> APIRouter:
     """The routes that probes and Prometheus ask. They take no body and cost no token."""
-    router = APIRouter(tags=["Operations"])
+    router = APIRouter(tags=["Operations"], route_class=GuardedRoute)
+    # Probes carry no credential; where credentials matter they learn of no model either.
+    show_models = services.access.admission.open
 
     @router.get("/livez", **documented(None, Alive, errors=()))
+    @public
     async def livez() -> Response:
         """The process answers. A model that fails is no reason to restart the process; see `/readyz`."""
         return json_response(encode(Alive()))
 
     @router.get("/readyz", **documented(None, Readiness, errors=(), statuses=(503,)))
+    @public
     async def readyz() -> Response:
         """Whether new requests should come here: the default model is ready and its engine makes progress."""
-        readiness = _readiness(services)
+        readiness = _readiness(services, show_models)
         if readiness.status == "ready":
             return json_response(encode(readiness))
         return json_response(encode(readiness), 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
-    @router.get("/healthz", **documented(None, Health, errors=()))
+    @router.get("/healthz", **documented(None, Health, errors=(401, 403)))
+    @needs("api/health", "read")
     async def healthz() -> Response:
         """What the server and its models are doing, for people. Always 200; probes ask the other two."""
         return json_response(encode(_health(services)))
 
     if services.settings.metrics.enabled:
 
-        @router.get("/metrics", **documented(None, errors=()))
+        @router.get("/metrics", **documented(None, errors=(401, 403)))
+        @needs("api/metrics", "read")
         async def metrics(request: Request) -> Response:
             """Prometheus metrics."""
             page, content_type = services.metrics.scrape(request.headers.get("accept", ""))
@@ -95,11 +102,12 @@ def health_routes(services: Services) -> APIRouter:
     return router
 
 
-def _readiness(services: Services) -> Readiness:
+def _readiness(services: Services, show_models: bool) -> Readiness:
     views: Sequence[ModelView] = services.models.list()
     default_ready = any(view.is_default and view.state == "ready" and view.making_progress for view in views)
     status = "draining" if services.state.draining else "ready" if default_ready else "not_ready"
-    return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in views])
+    shown = views if show_models else ()
+    return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in shown])
 
 
 def _health(services: Services) -> Health:

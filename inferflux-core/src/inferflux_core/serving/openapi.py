@@ -11,19 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+
+from inferflux_core.serving.guard import GuardedRoute, needs
 
 _REF = "#/components/schemas/{name}"
 _SCHEMAS = "x-inferflux-schemas"  # carries schemas from the routes to the document's components; not in the result
 
 _ERRORS = {
     400: "The request is invalid.",
+    401: "The request has no valid credential.",
+    403: "The credential may not do this.",
     404: "There is no such model.",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    429: "A quota is used up.",
     500: "The server failed.",
     503: "The server or the model cannot take the request now.",
     504: "The request took too long.",
@@ -94,16 +100,20 @@ def _schemas(
     return list(schemas), {**components, **definitions.get("$defs", {})}
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Make the application describe itself completely; the document is made at the first request for it."""
-    document: dict[str, Any] = {}
+def openapi_routes(app: FastAPI) -> APIRouter:
+    """The route of the description; the document is made at the first request for it."""
+    router = APIRouter(tags=["Operations"], route_class=GuardedRoute)
+    made: list[bytes] = []
 
-    def openapi() -> dict[str, Any]:
-        if not document:
-            document.update(_document(app))
-        return document
+    @router.get("/openapi.json", include_in_schema=False)
+    @needs("api/openapi", "read")
+    async def openapi() -> Response:
+        """What this server can do, for programs (OpenAPI 3.1)."""
+        if not made:
+            made.append(msgspec.json.encode(_document(app)))
+        return Response(made[0], media_type="application/json")
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+    return router
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

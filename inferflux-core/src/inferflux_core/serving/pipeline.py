@@ -1,18 +1,25 @@
 """The ONE generation path: every protocol adapter calls `Pipeline.generate`, so that no surface can skip a check.
 
-Route to a model, render and tokenise, check the lengths, submit, detokenise, stop. Whatever ends a request early (a client
-that went away, a deadline, a stop string) ends in the same abort of its engine requests.
+Find a model that the principal may use, count the request, render and tokenise, check the lengths, reserve the tokens,
+submit, detokenise, stop, settle. Whatever ends a request early (a client that went away, a deadline, a stop string) ends in
+the same abort of its engine requests, and gives back what it had reserved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import hashlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
+import msgspec
+
+from inferflux_core.access.admission import Admitted
+from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.client import EngineClient, OutputStream
 from inferflux_core.engine.types import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
 from inferflux_core.errors import (
@@ -20,8 +27,10 @@ from inferflux_core.errors import (
     DrainingError,
     InvalidRequestError,
     OverloadedError,
+    RateLimitError,
     RequestError,
     RequestTimeoutError,
+    UnavailableError,
 )
 from inferflux_core.interfaces import Tokenizer
 from inferflux_core.models.detokenizer import Detokenizer
@@ -86,8 +95,9 @@ class _Choice:
 class Pipeline:
     """Answers requests with the loaded models."""
 
-    def __init__(self, models: ModelManager, metrics: Metrics, state: ServerState) -> None:
+    def __init__(self, models: ModelManager, access: AccessServices, metrics: Metrics, state: ServerState) -> None:
         self._models = models
+        self._access = access
         self._metrics = metrics
         self._state = state
         self._ids = itertools.count()
@@ -127,13 +137,61 @@ class Pipeline:
     ) -> AsyncGenerator[Event, None]:
         if self._state.draining:
             raise DrainingError("The server is shutting down. Please retry; another server may answer.")
-        model = self._models.get(request.model)
-        observer.model = model.name
-        engine = model.ready_engine()
-        tokenizer = model.ready_tokenizer()
-        prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
-        engine_requests = self._engine_requests(context, request, model, prompts)
-        choices = {r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)}
+        principal, outcome = context.principal, context.outcome
+        outcome.requested_model = request.model
+        outcome.parameters = _digest(request)
+        model = self._access.admission.find(principal, self._models, request.model, "generate", context.judged)
+        observer.model = outcome.model = model.name
+        outcome.fingerprint = model.fingerprint
+        admitted = await self._access.admission.admit(principal, model.name)
+        used_tokens = 0
+        try:
+            await self._models.wait_ready(model, context.deadline)
+            engine = model.ready_engine()
+            tokenizer = model.ready_tokenizer()
+            outcome.content = self._access.audit.content("\n".join(_texts(request))) if self._access.audit.keeps_content else {}
+            prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
+            engine_requests = self._engine_requests(context, request, admitted, model, prompts)
+            await self._reserve(context, admitted, prompts, engine_requests)
+            used_tokens = outcome.prompt_tokens = sum(map(len, prompts))
+            choices = {r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)}
+            try:
+                events = self._run(context, request, engine, engine_requests, choices, prompts, observer)
+                async with contextlib.aclosing(events):
+                    async for event in events:
+                        yield event
+            except UnavailableError:
+                if observer.num_generated == 0:
+                    used_tokens = 0  # the server's fault, and nothing was delivered
+                raise
+            finally:
+                observer.num_generated = outcome.output_tokens = sum(choice.num_generated for choice in choices.values())
+                outcome.cached_tokens = sum(choice.num_cached for choice in list(choices.values())[:: request.n])
+                outcome.finish_reason = next(iter(choices.values())).finish_reason or ""
+        finally:
+            await admitted.settle(used_tokens + outcome.output_tokens)
+
+    async def _reserve(
+        self, context: RequestContext, admitted: Admitted, prompts: Sequence[list[int]], requests: Sequence[EngineRequest]
+    ) -> None:
+        context.reply_headers |= admitted.headers
+        try:
+            await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests), len(requests))
+        except RateLimitError as error:
+            self._metrics.rate_limited(error.kind)
+            raise
+        context.reply_headers |= admitted.headers
+
+    async def _run(
+        self,
+        context: RequestContext,
+        request: GenerationRequest,
+        engine: EngineClient,
+        engine_requests: list[EngineRequest],
+        choices: dict[str, _Choice],
+        prompts: Sequence[list[int]],
+        observer: _Observer,
+    ) -> AsyncGenerator[Event, None]:
         stream = OutputStream()
         deadline = asyncio.get_running_loop().call_later(
             max(0.0, context.deadline - time.monotonic()),
@@ -144,7 +202,9 @@ class Pipeline:
             self._submit(engine, engine_requests, stream)
             remaining = len(choices)
             outputs = await stream.get()
-            yield Started(model.name, model.fingerprint, self._prompt_texts(request, prompts, tokenizer))
+            tokenizer = next(iter(choices.values())).tokenizer
+            outcome = context.outcome
+            yield Started(outcome.model, outcome.fingerprint, self._prompt_texts(request, prompts, tokenizer))
             while True:
                 observer.outputs_arrived(stream)
                 for delta in self._deltas(engine, choices, outputs):
@@ -159,7 +219,6 @@ class Pipeline:
         finally:
             deadline.cancel()
             engine.abort(list(choices))
-            observer.num_generated = sum(choice.num_generated for choice in choices.values())
 
     def _submit(self, engine: EngineClient, requests: list[EngineRequest], stream: OutputStream) -> None:
         try:
@@ -185,7 +244,12 @@ class Pipeline:
         return list(ids)
 
     def _engine_requests(
-        self, context: RequestContext, request: GenerationRequest, model: ServedModel, prompts: Sequence[list[int]]
+        self,
+        context: RequestContext,
+        request: GenerationRequest,
+        admitted: Admitted,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
     ) -> list[EngineRequest]:
         seed = secrets.randbits(62) if request.seed is None else request.seed & 0xFFFFFFFFFFFFFFFF
         tokenizer = model.ready_tokenizer()
@@ -198,6 +262,8 @@ class Pipeline:
         requests: list[EngineRequest] = []
         for prompt in prompts:
             max_tokens = self._max_tokens(request, model, len(prompt))
+            if admitted.max_tokens is not None:
+                max_tokens = min(max_tokens, admitted.max_tokens)
             for choice in range(request.n):
                 params = SamplingParams(
                     max_tokens=max_tokens,
@@ -223,7 +289,8 @@ class Pipeline:
                         # Tenants never see each other's prefixes, not even in the time a first token takes.
                         cache_salt=f"{context.principal.tenant}\0{request.cache_salt}",
                         tenant=context.principal.tenant,
-                        priority=request.priority,
+                        # Lower runs first: a request may stand back behind its principal's priority, never in front of it.
+                        priority=max(request.priority, context.principal.priority),
                         arrival_time=context.arrival,
                     )
                 )
@@ -329,6 +396,25 @@ class _Observer:
             num_generated=self.num_generated,
             decode_time=None if first is None else self._last - first,
         )
+
+
+_PARAMETERS = tuple(field.name for field in dataclasses.fields(GenerationRequest) if field.name != "prompts")
+
+
+def _digest(request: GenerationRequest) -> str:
+    """A short digest of everything in a request but its prompts: equal for equal parameters, and it tells none of them."""
+    values = msgspec.json.encode([getattr(request, name) for name in _PARAMETERS])
+    return hashlib.blake2b(values, digest_size=8).hexdigest()
+
+
+def _texts(request: GenerationRequest) -> Iterator[str]:
+    """The prompts as text, for an audit log that keeps them; token ids as numbers."""
+    for prompt in request.prompts:
+        if isinstance(prompt, ChatPrompt):
+            for message in prompt.messages:
+                yield f"{message.get('role')}: {message.get('content')}"
+        else:
+            yield prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
 
 
 def _size(prompt: Prompt) -> int:

@@ -6,10 +6,11 @@ The two protocols say what adapters need, not who provides it, so that an adapte
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.types import EngineStats
 from inferflux_core.interfaces import Tokenizer
 from inferflux_core.serving.generation import ChatPrompt, Event, GenerationRequest, Prompt, RequestContext
@@ -126,10 +127,16 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Everything an adapter needs, handed to `create_app`."""
+    """Everything an adapter needs, handed to `create_app`.
+
+    Attributes:
+        configuration: the effective configuration as JSON, with origins and without secrets; None where there is none.
+    """
 
     pipeline: Generation
     models: Models[Any]
+    access: AccessServices
     settings: Settings
     metrics: Metrics
     state: ServerState
+    configuration: Callable[[], str] | None = None

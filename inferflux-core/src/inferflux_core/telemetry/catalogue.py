@@ -15,6 +15,7 @@ TTFT_BUCKETS = (
 TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
+POLICY_BUCKETS = (0.000001, 0.00001, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1)
 REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
@@ -107,6 +108,59 @@ SERVER: tuple[MetricSpec, ...] = (
         type="counter",
         labels=("reason",),
         description="Requests refused because a queue was full.",
+    ),
+    MetricSpec(
+        name="inferflux_auth_failures_total",
+        type="counter",
+        labels=("reason",),
+        description="Credentials that were refused.",
+    ),
+    MetricSpec(
+        name="inferflux_auth_events_total",
+        type="counter",
+        labels=("provider", "event"),
+        description="What auth providers did, such as fetching keys.",
+    ),
+    MetricSpec(
+        name="inferflux_policy_decisions_total",
+        type="counter",
+        labels=("engine", "effect"),
+        description="Decisions of a policy engine, those from its cache too; effect is `allow` or `deny`.",
+    ),
+    MetricSpec(
+        name="inferflux_policy_latency_seconds",
+        type="histogram",
+        labels=("engine",),
+        buckets=POLICY_BUCKETS,
+        description="Seconds a policy decision took.",
+    ),
+    MetricSpec(
+        name="inferflux_policy_reloads_total",
+        type="counter",
+        labels=("result",),
+        description="Changes of the policy file; result is `reloaded` or `rejected`.",
+    ),
+    MetricSpec(
+        name="inferflux_rate_limited_total",
+        type="counter",
+        labels=("kind",),
+        description="Requests refused because a quota was used up.",
+    ),
+    MetricSpec(
+        name="inferflux_limiter_events_total",
+        type="counter",
+        labels=("event",),
+        description="Trouble with the store of the limits, and what was done about it.",
+    ),
+    MetricSpec(name="inferflux_audit_records_total", type="counter", description="Audit records written."),
+    MetricSpec(
+        name="inferflux_audit_write_failures_total", type="counter", description="Attempts to write audit records that failed."
+    ),
+    MetricSpec(name="inferflux_audit_dropped_total", type="counter", description="Audit records dropped: the queue was full."),
+    MetricSpec(
+        name="inferflux_audit_head",
+        type="gauge",
+        description="Sequence number of the last audit record; kept elsewhere, it shows a log that was cut off.",
     ),
     MetricSpec(
         name="inferflux_build_info",

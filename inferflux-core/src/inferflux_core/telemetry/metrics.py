@@ -36,10 +36,12 @@ class Metrics:
         self._inter_token: dict[str, Histogram] = {}
         self._counters = {spec.name: self._counter(spec) for spec in SERVER if spec.type == "counter"}
         self._histograms = {spec.name: self._histogram(spec) for spec in SERVER if spec.type == "histogram"}
-        for spec in SERVER:
-            if spec.type == "gauge":
-                gauge = Gauge(spec.name, spec.description, spec.labels, registry=self._registry)
-                gauge.labels(version=VERSION, python_version=platform.python_version()).set(1)
+        self._gauges = {
+            spec.name: Gauge(spec.name, spec.description, spec.labels, registry=self._registry)
+            for spec in SERVER
+            if spec.type == "gauge"
+        }
+        self._gauges["inferflux_build_info"].labels(version=VERSION, python_version=platform.python_version()).set(1)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
@@ -126,6 +128,39 @@ class Metrics:
     def disconnect(self) -> None:
         """Count a client that left before its answer was complete."""
         self._counters["inferflux_client_disconnects_total"].inc()
+
+    def auth_failure(self, reason: str) -> None:
+        """Count a credential that was refused, by a short fixed reason."""
+        self._count("inferflux_auth_failures_total", reason)
+
+    def auth_event(self, provider: str, event: str) -> None:
+        """Count something an auth provider did, such as fetching keys."""
+        self._count("inferflux_auth_events_total", provider, event)
+
+    def policy_decision(self, engine: str, allowed: bool, seconds: float) -> None:
+        """Count a decision of a policy engine and how long it took."""
+        self._count("inferflux_policy_decisions_total", engine, "allow" if allowed else "deny")
+        self._histograms["inferflux_policy_latency_seconds"].labels(engine).observe(seconds)
+
+    def policy_reload(self, result: str) -> None:
+        """Count a change of the policy file that was taken or rejected."""
+        self._count("inferflux_policy_reloads_total", result)
+
+    def rate_limited(self, kind: str) -> None:
+        """Count a request refused because a quota was used up."""
+        self._count("inferflux_rate_limited_total", kind)
+
+    def limiter_event(self, event: str) -> None:
+        """Count trouble with the store of the limits and what was done about it."""
+        self._count("inferflux_limiter_events_total", event)
+
+    def audit(self, event: str) -> None:
+        """Count what became of an audit record: `records`, `write_failures` or `dropped`."""
+        self._counters[f"inferflux_audit_{event}_total"].inc()
+
+    def observe_audit(self, head: Callable[[], int]) -> None:
+        """Say where the sequence number of the last audit record is; read at each scrape."""
+        self._gauges["inferflux_audit_head"].set_function(head)
 
     def scrape(self, accept: str = "") -> tuple[bytes, str]:
         """The metrics page and its content type, in the format that the `Accept` header prefers."""

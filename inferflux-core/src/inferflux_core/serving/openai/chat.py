@@ -9,6 +9,7 @@ from starlette.responses import Response
 from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.event_stream import DONE
 from inferflux_core.serving.generation import Delta, Done, Started
+from inferflux_core.serving.guard import GuardedRoute, model_checked
 from inferflux_core.serving.openai.answer import Answer
 from inferflux_core.serving.openai.logprobs import chat_logprobs
 from inferflux_core.serving.openai.respond import new_reply, respond
@@ -97,11 +98,12 @@ class ChatReply:
 
 def chat_routes(services: Services) -> APIRouter:
     """The route of chat completions."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=GuardedRoute)
     server = services.settings.server
     reader = BodyReader(server)
 
     @router.post(PATH, **documented(ChatBody, ChatCompletion, streams=True))
+    @model_checked
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
         body = await reader.read(request, ChatBody)

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.event_stream import DONE
 from inferflux_core.serving.generation import Delta, Done, Started, TokenEntry
+from inferflux_core.serving.guard import GuardedRoute, model_checked
 from inferflux_core.serving.openai.answer import Answer, Choice
 from inferflux_core.serving.openai.logprobs import completion_logprobs
 from inferflux_core.serving.openai.respond import new_reply, respond
@@ -94,11 +95,12 @@ class CompletionReply:
 
 def completion_routes(services: Services) -> APIRouter:
     """The route of text completions."""
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], route_class=GuardedRoute)
     server = services.settings.server
     reader = BodyReader(server)
 
     @router.post(PATH, **documented(CompletionBody, Completion, streams=True))
+    @model_checked
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts; with `stream`, as server-sent events."""
         body = await reader.read(request, CompletionBody)

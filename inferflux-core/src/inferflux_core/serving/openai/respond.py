@@ -50,7 +50,11 @@ async def respond(
         deadline=exchange.arrival + services.settings.server.request_timeout_s,
         request_id=exchange.request_id,
         arrival=exchange.arrival,
+        principal=exchange.principal,
+        judged=exchange.judged,
     )
+    context.outcome.stream = stream
+    exchange.context = context
     exchange.in_pipeline = True
     events = services.pipeline.generate(context, generation)
     if stream:

@@ -18,6 +18,7 @@ from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.exchange import Exchange
 from inferflux_core.serving.generation import Prompt
+from inferflux_core.serving.guard import GuardedRoute, model_checked
 from inferflux_core.serving.openai.fields import TokenId
 from inferflux_core.serving.openai.messages import Message, to_chat_prompt
 from inferflux_core.serving.openai.wire import encode
@@ -122,15 +123,17 @@ class TemplateReply(msgspec.Struct, frozen=True):
 
 def token_routes(services: Services) -> APIRouter:
     """The routes that show how a model reads text."""
-    router = APIRouter(tags=["Tokens"])
+    router = APIRouter(tags=["Tokens"], route_class=GuardedRoute)
     models, reader = services.models, BodyReader(services.settings.server)
 
     def find(request: Request, name: str | None) -> ModelView:
-        view: ModelView = models.get(name)
-        Exchange.of(request.scope).model = view.name
+        exchange = Exchange.of(request.scope)
+        view: ModelView = services.access.admission.see(exchange.principal, models, name)
+        exchange.model = view.name
         return view
 
     @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply, ContentReply))
+    @model_checked
     async def tokenize(request: Request) -> Response:
         """Token ids of a text or a conversation."""
         body = await reader.read(request, TokenizeBody)
@@ -146,6 +149,7 @@ def token_routes(services: Services) -> APIRouter:
         return json_response(encode(ContentReply(tokens)))
 
     @router.post("/detokenize", **documented(DetokenizeBody, DetokenizeReply))
+    @model_checked
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included; invalid UTF-8 becomes U+FFFD."""
         body = await reader.read(request, DetokenizeBody)
@@ -154,6 +158,7 @@ def token_routes(services: Services) -> APIRouter:
         return json_response(encode(DetokenizeReply(text, text)))
 
     @router.post("/apply-template", **documented(TemplateBody, TemplateReply))
+    @model_checked
     async def apply_template(request: Request) -> Response:
         """The text that the model's chat template makes of a conversation."""
         body = await reader.read(request, TemplateBody)

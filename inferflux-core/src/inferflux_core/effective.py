@@ -68,6 +68,8 @@ class _PluginSecrets:
         match path:
             case ("backends", str(name), *rest):
                 return self._is_secret("backend", name, tuple(rest))
+            case ("auth", "settings", str(name), *rest):
+                return self._is_secret("auth provider", name, tuple(rest))
             case ("engine", "scheduler_settings", *rest):
                 return self._is_secret("scheduler", settings.engine.scheduler, tuple(rest))
             case ("models", int(index), "backend_settings", *rest):

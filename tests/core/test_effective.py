@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import SecretStr
 
-from inferflux_core.cli.effective import MASK, as_json, as_yaml, effective_values
 from inferflux_core.config import load_settings
+from inferflux_core.effective import MASK, as_json, as_yaml, effective_values
 from inferflux_core.interfaces import Registration
 from inferflux_core.plugins import Distribution, PluginRegistry
 from inferflux_core.setting_keys import dotted
@@ -49,3 +49,17 @@ def test_secrets_are_masked_at_any_depth() -> None:
         assert shown[f"{section}.account.password"] == MASK
         assert shown[f"{section}.more"] == [{"user": "you", "password": MASK}]
         assert shown[f"{section}.keys"] == [MASK]
+
+
+def test_secrets_of_auth_providers_are_masked() -> None:
+    registry = PluginRegistry()
+    registry.add("auth provider", Registration(name="far", factory=object, settings=Remote), Distribution("acme", "1.0"))
+    values = {"account": {"user": "me", "password": "s3cr3t"}, "keys": ["s3cr3t"]}
+    settings = {"far": values, "unknown": {"anything": "s3cr3t"}}
+    loaded = load_settings(overrides={"auth": {"providers": ["far"], "settings": settings}}, environ={})
+    effective = effective_values(loaded, registry)
+    assert "s3cr3t" not in as_json(loaded, effective)
+    shown = {dotted(item.path): item.value for item in effective}
+    assert shown["auth.settings.far.account.user"] == "me"
+    assert shown["auth.settings.far.account.password"] == MASK
+    assert shown["auth.settings.unknown.anything"] == MASK  # nobody can say what it is

@@ -1,0 +1,79 @@
+"""`/v1/admin/pools`: whether the server takes requests, and how many wait."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from inferflux_core.serving.admin.versions import tagged
+from inferflux_core.serving.guard import GuardedRoute, needs
+from inferflux_core.serving.openai.wire import encode
+from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.services import ModelView, Services
+
+PATH = "/v1/admin/pools"
+
+
+class PoolHealth(msgspec.Struct, frozen=True):
+    """What `/readyz` says, in one object. `reason` is empty when ready."""
+
+    ready: bool
+    http_status: int
+    role: str
+    reason: str
+    model_loaded: bool
+
+
+class SchedulerLoad(msgspec.Struct, frozen=True):
+    """The queues of all models together, and the limits of one step."""
+
+    queue_depth: int
+    running: int
+    batch_limit_size: int
+    batch_limit_tokens: int
+
+
+class PoolsReply(msgspec.Struct, frozen=True):
+    """The state of the server; `status` is `ok`, `not_ready` or `draining`."""
+
+    status: str
+    pool_health: PoolHealth
+    scheduler: SchedulerLoad
+
+
+def pool_routes(services: Services) -> APIRouter:
+    """The route of the server's load."""
+    router = APIRouter(tags=["Admin"], route_class=GuardedRoute)
+
+    @router.get(PATH, **documented(None, PoolsReply))
+    @needs("api/pools", "admin")
+    async def show_pools() -> Response:
+        """Whether the server takes requests, and how many wait."""
+        views: list[ModelView] = list(services.models.list())
+        reason = _reason(services, views)
+        engine = services.settings.engine
+        reply = PoolsReply(
+            "draining" if services.state.draining else "ok" if not reason else "not_ready",
+            PoolHealth(not reason, 503 if reason else 200, "unified", reason, any(view.state == "ready" for view in views)),
+            SchedulerLoad(
+                sum(view.stats.num_waiting for view in views),
+                sum(view.stats.num_running for view in views),
+                engine.max_num_seqs,
+                engine.max_num_batched_tokens,
+            ),
+        )
+        return tagged(encode(reply))
+
+    return router
+
+
+def _reason(services: Services, views: list[ModelView]) -> str:
+    if services.state.draining:
+        return "the server is shutting down"
+    default = next((view for view in views if view.is_default), None)
+    if default is None:
+        return "there is no default model"
+    if default.state != "ready":
+        return f"the default model is {default.state}"
+    return "" if default.making_progress else "the engine of the default model makes no progress"
