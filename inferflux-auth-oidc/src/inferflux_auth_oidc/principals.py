@@ -41,6 +41,7 @@ class PrincipalMap:
             roles=self._roles(find_claim(claims, names.roles)),
             # Until then `authenticate` accepts it; ending a stream at `exp` itself would contradict that.
             expires_at=expiry(claims) + self._issuer.leeway_s,
+            scope_prefix=self._issuer.scope_prefix,
             name=name if isinstance(name, str) and len(name) <= _MAX_NAME and name.isprintable() else "",
         )
 

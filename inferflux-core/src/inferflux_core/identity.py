@@ -31,6 +31,7 @@ class Principal:
         tenant: whose data this is. Prefixes in the KV cache, quotas and policies are kept apart by it.
         method: name of the provider that decided, `none` for anonymous.
         scopes: actions the credential is for.
+        scope_prefix: what its issuer puts before the name of an action in a scope, such as `infer:`.
         roles: roles the credential brings, without the prefix `role:`; those that the policy does not declare have no effect.
         models: patterns of model names that the credential is for (`*` within a segment, `**` across); None allows any.
         limits: the credential's own quota; None means `limits.default`.
@@ -43,6 +44,7 @@ class Principal:
     tenant: str = "default"
     method: str = "none"
     scopes: frozenset[Action] = frozenset({"generate", "embed", "read"})
+    scope_prefix: str = ""
     roles: frozenset[str] = frozenset()
     models: tuple[str, ...] | None = None
     limits: Limits | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from core.access.policies import BASE, compiled
 
+from core.access.policies import BASE, compiled
 from inferflux_core.access.policy_cases import PolicyCase, read_cases, run_cases
 from inferflux_core.access.policy_file import PolicyError
 from inferflux_core.access.policy_lint import check_policy

@@ -6,8 +6,8 @@ import importlib.metadata
 from typing import Any, cast
 
 import pytest
-from core.access.policies import BASE, ROLES, compiled, who
 
+from core.access.policies import BASE, ROLES, compiled, who
 from inferflux_core.access import rbac
 from inferflux_core.access.object_match import model_matches
 from inferflux_core.access.policy_file import PolicyError
@@ -192,7 +192,9 @@ def test_a_distribution_called_casbin_is_refused(monkeypatch: pytest.MonkeyPatch
 def chain(steps: int) -> str:
     names = [f"r{i}" for i in range(steps + 1)]
     rows = [f"g, role:{a}, role:{b}, *" for a, b in zip(names, names[1:], strict=False)]
-    return "\n".join([f"role, {', '.join(names)}", f"p, role:r{steps}, *, model/*, generate, allow", *rows, "g, key:k1, role:r0, *\n"])
+    return "\n".join(
+        [f"role, {', '.join(names)}", f"p, role:r{steps}, *, model/*, generate, allow", *rows, "g, key:k1, role:r0, *\n"]
+    )
 
 
 def test_a_chain_of_roles_that_casbin_would_not_follow_is_refused() -> None:

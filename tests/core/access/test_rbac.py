@@ -10,10 +10,10 @@ from itertools import product
 from typing import Any
 
 import pytest
-from core.access.policies import BASE, ROLES, compiled, who
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.access.policies import BASE, ROLES, compiled, who
 from inferflux_core.access import rbac
 from inferflux_core.access.object_match import compile_pattern
 from inferflux_core.access.rbac import Decision

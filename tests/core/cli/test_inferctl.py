@@ -163,7 +163,7 @@ def test_a_stream_that_fails_keeps_its_text_and_says_why(handler: Handler, messa
             401,
             {"error": {"message": "Incorrect API key provided.", "type": "invalid_request_error", "code": "x"}},
             {},
-            "Incorrect API key provided. Give a valid one with --api-key (HTTP 401)",
+            "Incorrect API key provided. Give a valid one with --api-key, or log in with: inferctl login (HTTP 401)",
         ),
         (
             404,

@@ -97,3 +97,7 @@ def prompt(length: int, variant: int = 0) -> list[int]:
 
 def ask(length: int, variant: int = 0, *, max_tokens: int = 50, ignore_eos: bool = True, **more: Any) -> EngineRequest:
     return make_request(prompt(length, variant), max_tokens=max_tokens, ignore_eos=ignore_eos, **more)
+
+
+def small_cache(num_blocks: int = 9, block_size: int = 4) -> FakeSettings:
+    return FakeSettings(block_size=block_size, num_blocks=num_blocks)

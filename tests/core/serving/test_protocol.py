@@ -17,8 +17,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from attacks.raw_http import RawConnection, Reply, head
+from inferflux_core.serving import protocol as protocol_module
 from inferflux_core.serving.connections import MAX_LINGERING_REFUSALS, Connections
-from inferflux_core.serving.protocol import MAX_BACKLOG_BYTES, MAX_QUEUED_REQUESTS, EdgeProtocol, Phase, edge_protocol
+from inferflux_core.serving.protocol import (
+    DRAIN_SECONDS,
+    MAX_BACKLOG_BYTES,
+    MAX_QUEUED_REQUESTS,
+    EdgeProtocol,
+    Phase,
+    edge_protocol,
+)
 from inferflux_core.settings import ServerSettings
 
 FAST = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "idle_timeout_s": 0.3, "slow_reader_timeout_s": 0.3}
@@ -319,6 +327,27 @@ async def test_an_answer_that_takes_long_is_no_idleness() -> None:
         assert reply.body == b"/slow"
 
 
+async def test_a_head_without_end_is_refused_before_its_end() -> None:
+    async with edge(header_timeout_s=30) as e:
+        reply, ended = await ask(e, b"GET / HTTP/1.1\r\nX: " + b"a" * 40_000)
+        assert (reply.status, reply.error["code"], ended) == (431, "headers_too_large", True)
+
+
+async def test_a_refused_client_may_read_why_and_is_gone_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol_module, "LINGER_SECONDS", 0.2)
+    async with edge() as e:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(e.url.rpartition(":")[2]))
+        writer.write(b"nonsense\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        assert e.protocol._phase is Phase.LAST  # still there, though nothing more is said
+        writer.write(b"x" * 100_000)
+        await writer.drain()
+        await until(lambda: not e.state.connections)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
 async def test_pipelined_requests_are_answered_in_order_and_before_the_refusal_of_a_later_one() -> None:
     async with edge() as e:
         data = b"".join(post(f"/{n}", 2) + b"ab" for n in range(100)) + b"nonsense\r\n\r\n"
@@ -354,6 +383,16 @@ async def test_what_waits_behind_an_answer_is_bounded() -> None:
         await writer.wait_closed()
 
 
+async def test_what_comes_in_one_piece_is_not_all_queued() -> None:
+    async with edge(idle_timeout_s=30) as e:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(e.url.rpartition(":")[2]))
+        writer.write(head("GET", "/slow") + GET * 1000)  # less than the loop reads at once
+        await until(lambda: len(e.scopes) == 1)
+        assert len(e.protocol.pipeline) == MAX_QUEUED_REQUESTS
+        writer.close()
+        await writer.wait_closed()
+
+
 async def test_a_client_that_leaves_with_requests_queued_ends_the_one_being_answered() -> None:
     async with edge(idle_timeout_s=30) as e:
         _, writer = await asyncio.open_connection("127.0.0.1", int(e.url.rpartition(":")[2]))
@@ -366,7 +405,7 @@ async def test_a_client_that_leaves_with_requests_queued_ends_the_one_being_answ
 
 
 async def test_nothing_after_the_last_request_is_looked_at() -> None:
-    async with edge() as e:
+    async with edge(idle_timeout_s=30) as e:
         for lines in (("Connection: close",), ("Connection: upgrade", "Upgrade: websocket")):
             reply, ended = await ask(e, head("GET", "/one", *lines) + head("GET", "/two"))
             assert (reply.body, ended) == (b"/one", True)
@@ -389,14 +428,38 @@ async def test_an_answer_before_the_body_leaves_the_connection_usable() -> None:
 async def test_a_body_nobody_wants_is_not_read_forever() -> None:
     async with edge(max_body_bytes=1024, idle_timeout_s=30) as e:
 
-        def play(connection: RawConnection) -> bool:
+        def play(connection: RawConnection) -> None:
             connection.send(post("/early", 10**12))
             assert connection.reply().status == 200
             while connection.send(b"x" * 65536):
-                assert connection.age() < 8
-            return True
+                assert connection.age() < DRAIN_SECONDS / 2  # it ends by its size
 
-        assert await e.talk(play)
+        await e.talk(play)
+
+
+async def test_the_rest_of_a_body_nobody_wants_has_a_deadline() -> None:
+    async with edge(idle_timeout_s=30) as e:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(e.url.rpartition(":")[2]))
+        writer.write(post("/early", 100_000) + b"x" * 90_000)
+        await reader.readuntil(b"early")
+        protocol, loop = e.protocol, asyncio.get_running_loop()
+        assert protocol._phase is Phase.DRAIN
+        assert protocol._deadline == pytest.approx(loop.time() + DRAIN_SECONDS, abs=0.5)
+        # What was large before does not count for the next head.
+        writer.write(b"x" * 10_000 + GET[:10])
+        await until(lambda: protocol._phase is Phase.HEAD)
+        writer.write(GET[10:20])
+        await until(lambda: protocol._head_bytes == 10)
+        writer.write(GET[20:])
+        assert (await reader.readline()) == b"HTTP/1.1 200 OK\r\n"
+        await until(lambda: protocol._phase is Phase.IDLE)
+        writer.write(post("/early", 5))
+        await until(lambda: protocol._phase is Phase.DRAIN)
+        protocol._deadline = loop.time()
+        protocol._on_timer()
+        assert await reader.read()
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_framing_does_not_get_around_the_limit_of_a_body() -> None:

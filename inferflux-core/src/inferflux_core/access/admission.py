@@ -131,6 +131,11 @@ class Admission:
         self._salt = secrets.token_bytes(16)
 
     @property
+    def challenge(self) -> str:
+        """WWW-Authenticate for a request without a usable credential."""
+        return self._challenge
+
+    @property
     def open(self) -> bool:
         """Whether there is no auth provider: everyone is anonymous, and nobody is an administrator."""
         return not self._providers
@@ -206,8 +211,8 @@ class Admission:
         Raises:
             AccessUnavailableError: the policy failed to decide.
         """
-        if action not in principal.scopes and "admin" not in principal.scopes:
-            return Decision(allowed=False, rule=f"the credential is not for {action!r}", engine="scopes", version="")
+        if not _in_scope(principal, action):
+            return _out_of_scope(action)
         name = obj.removeprefix("model/")
         if name != obj and principal.models is not None and not any(model_matches(p, name) for p in principal.models):
             return Decision(allowed=False, rule="the credential is not for this model", engine="models", version="")
@@ -226,10 +231,9 @@ class Admission:
 
     def authorize(self, principal: Principal, obj: str, action: Action, judged: list[Judged]) -> None:
         """Raises ForbiddenError unless the principal may do this; the decision is appended to `judged` in either case."""
-        decision = self.decide(principal, obj, action)
-        judged.append(Judged(obj, action, decision))
-        if not decision.allowed:
-            raise _forbidden(decision, obj, action)
+        judged.append(Judged(obj, action, self.decide(principal, obj, action)))
+        if not judged[-1].decision.allowed:
+            raise _forbidden(principal, judged[-1])
 
     def may_see(self, principal: Principal, model: str) -> bool:
         """Whether a model exists for this principal: it may use it in any way, or read the list of all models."""
@@ -267,15 +271,18 @@ class Admission:
             ModelNotFoundError: as in `see`.
             ForbiddenError: it may be seen, but not used so.
         """
+        if not _in_scope(principal, action):
+            # Whatever the model: that there is one of this name is not told by this.
+            judged.append(Judged("model/*", action, _out_of_scope(action)))
+            raise _forbidden(principal, judged[-1])
         model = _get(models, name)
         obj = f"model/{model.name}"
-        decision = self.decide(principal, obj, action)
-        judged.append(Judged(obj, action, decision))
-        if decision.allowed:
+        judged.append(Judged(obj, action, self.decide(principal, obj, action)))
+        if judged[-1].decision.allowed:
             return model
         if not self.may_see(principal, model.name):
             raise ModelNotFoundError(not_found_message(name), param="model")
-        raise _forbidden(decision, obj, action)
+        raise _forbidden(principal, judged[-1])
 
     # --- how much -----------------------------------------------------------------------------------------------------
 
@@ -310,10 +317,22 @@ def not_found_message(name: str | None) -> str:
     return f"The model {name[:128]!r} does not exist; GET /v1/models lists the models there are."
 
 
-def _forbidden(decision: Decision, obj: str, action: Action) -> ForbiddenError:
-    if decision.engine == "scopes":
+def _in_scope(principal: Principal, action: Action) -> bool:
+    return action in principal.scopes or "admin" in principal.scopes
+
+
+def _out_of_scope(action: Action) -> Decision:
+    return Decision(allowed=False, rule=f"the credential is not for {action!r}", engine="scopes", version="")
+
+
+def _forbidden(principal: Principal, judged: Judged) -> ForbiddenError:
+    action, obj = judged.action, judged.obj
+    if judged.decision.engine == "scopes":
+        scope = principal.scope_prefix + action
         return ForbiddenError(
-            f"This credential is not for {action!r}. Use one that has this scope.", code="insufficient_scope", scope=action
+            f"This credential is not for {action!r}. Use one that has the scope {scope!r}.",
+            code="insufficient_scope",
+            scope=scope,
         )
     if obj.startswith("model/"):
         return ForbiddenError(

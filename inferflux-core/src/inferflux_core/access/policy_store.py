@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from inferflux_core.access.policy_cases import read_cases, run_cases
 from inferflux_core.access.policy_file import MAX_POLICY_BYTES, PolicyError, Problem
@@ -28,7 +28,7 @@ from inferflux_core.telemetry.logging import frames_of
 logger = logging.getLogger("inferflux.access")
 
 SETTLE_S = 0.1  # a file that changed is read after it stayed the same for so long: whoever writes it may not be done
-_MAX_SETTLE_S = 5.0
+_SETTLE_LOOKS = 50  # after so many looks at a file that changes all the time it counts as unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,8 @@ class PolicyStore:
         Raises:
             PolicyError: the policy cannot be used.
         """
-        look = await asyncio.to_thread(self._look)
-        self._loaded = await asyncio.to_thread(self._candidate, look)
-        self._seen = look
+        self._seen = await asyncio.to_thread(self._look)
+        self._loaded = await asyncio.to_thread(lambda: self._candidate(*self._read()))
         for warning in self.current.warnings:
             logger.warning("policy %s: %s", self.current.version, warning)
         self._watcher = asyncio.create_task(self._watch(), name="policy-watch")
@@ -149,7 +148,7 @@ class PolicyStore:
         """
         async with self._lock:
             await asyncio.to_thread(self._check_version, expected_version)
-            candidate = await asyncio.to_thread(self._test, text)
+            candidate = await asyncio.to_thread(lambda: self._candidate(text, self._read_tests()))
             await asyncio.to_thread(self._write, text, expected_version)
             self._take(candidate, None)  # the next look reads the file again, whoever wrote it
             return candidate.policy
@@ -160,7 +159,7 @@ class PolicyStore:
         Raises:
             PolicyError: the text is not good, or a test fails.
         """
-        return (await asyncio.to_thread(self._test, text)).policy
+        return (await asyncio.to_thread(lambda: self._candidate(text, self._read_tests()))).policy
 
     # --- in the event loop --------------------------------------------------------------------------------------------
 
@@ -183,9 +182,11 @@ class PolicyStore:
                 if self.last_error is not None:
                     raise PolicyError(str(self._file), self.last_error)
                 return self.current
-            look = await self._settled(look)
+            look, read = await self._read_settled(look)
             try:
-                candidate = await asyncio.to_thread(self._candidate, look)
+                if isinstance(read, PolicyError):
+                    raise read
+                candidate = await asyncio.to_thread(self._candidate, *read)
             except PolicyError as error:
                 self._seen, self._read_failed = look, isinstance(error, _UnreadableError)
                 self._reject(error.problems)
@@ -193,15 +194,22 @@ class PolicyStore:
             self._take(candidate, look)
             return self.current
 
-    async def _settled(self, look: _Look) -> _Look:
-        """The look at files that have stayed the same for a moment; the last one if they never do."""
-        for _ in range(round(_MAX_SETTLE_S / SETTLE_S)):
+    async def _read_settled(self, look: _Look) -> tuple[_Look, tuple[bytes, bytes | None] | _UnreadableError]:
+        """Policy and tests, or why they cannot be read, once a look before reading and one after it show the same."""
+        read: tuple[bytes, bytes | None] | _UnreadableError
+        for _ in range(_SETTLE_LOOKS):
             await asyncio.sleep(SETTLE_S)
-            again = await asyncio.to_thread(self._look)
-            if again == look:
-                break
-            look = again
-        return look
+            before, look = look, await asyncio.to_thread(self._look)
+            if look != before:
+                continue
+            try:
+                read = await asyncio.to_thread(self._read)
+            except _UnreadableError as error:
+                read = error
+            before, look = look, await asyncio.to_thread(self._look)
+            if look == before:
+                return look, read
+        return look, _UnreadableError(str(self._file), [Problem(None, "it cannot be read: it changes all the time")])
 
     def _take(self, candidate: _Candidate, look: _Look | None) -> None:
         before = self._loaded
@@ -235,30 +243,31 @@ class PolicyStore:
     def _look(self) -> _Look:
         return _Look(_identity(self._file), _identity(self._tests_file()))
 
-    def _candidate(self, look: _Look) -> _Candidate:
-        """Raises PolicyError."""
+    def _read(self) -> tuple[bytes, bytes | None]:
+        """The policy and its tests, None where there are none. Raises _UnreadableError."""
         try:
-            text = _read(self._file)
+            text = _content(self._file)
         except OSError as error:
-            _unreadable(self._file, f"it cannot be read: {error.strerror or error}")
-        candidate = self._test(text)
-        if self._look() != look:
-            _unreadable(self._file, "it changed while it was read")
-        return candidate
+            raise _unreadable(self._file, f"it cannot be read: {error.strerror or error}") from None
+        return text, self._read_tests()
 
-    def _test(self, text: bytes) -> _Candidate:
-        """Raises PolicyError."""
-        policy = Policy.compile(text, str(self._file))
+    def _read_tests(self) -> bytes | None:
+        """Raises _UnreadableError."""
         file = self._tests_file()
         try:
-            tests = _read(file)
+            return _content(file)
         except FileNotFoundError:
-            if self._tests is not None or (self._loaded is not None and self._loaded.tests is not None):
-                _unreadable(file, "the test file is missing; restore it, or restart without it")
-            return _Candidate(policy, None)
+            if self._tests is None and (self._loaded is None or self._loaded.tests is None):
+                return None
+            raise _unreadable(file, "the test file is missing; restore it, or restart without it") from None
         except OSError as error:
-            _unreadable(file, f"the test file cannot be read: {error.strerror or error}")
-        failures = run_cases(policy, read_cases(tests, str(file)))
+            raise _unreadable(file, f"the test file cannot be read: {error.strerror or error}") from None
+
+    def _candidate(self, text: bytes, tests: bytes | None) -> _Candidate:
+        """A policy that is good and passes its tests. Raises PolicyError."""
+        policy = Policy.compile(text, str(self._file))
+        file = self._tests_file()
+        failures = [] if tests is None else run_cases(policy, read_cases(tests, str(file)))
         if failures:
             raise PolicyError(str(self._file), [Problem(None, f"a test of {file.name!r} fails: {f}") for f in failures])
         return _Candidate(policy, tests)
@@ -266,7 +275,7 @@ class PolicyStore:
     def _check_version(self, expected_version: str) -> None:
         """Raises PreconditionFailedError."""
         try:
-            on_disk = version_of(_read(self._file))
+            on_disk = version_of(_content(self._file))
         except OSError:
             on_disk = self.current.version  # nothing there that could be lost
         if expected_version == on_disk:
@@ -316,7 +325,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode)
 
 
-def _read(path: Path) -> bytes:
+def _content(path: Path) -> bytes:
     """The content of a regular file, and at most one byte more than a policy may have. Raises OSError."""
     # Without waiting, so that a pipe in the file's place does not hold this thread for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -334,5 +343,5 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _unreadable(path: Path, message: str) -> NoReturn:
-    raise _UnreadableError(str(path), [Problem(None, message)])
+def _unreadable(path: Path, message: str) -> _UnreadableError:
+    return _UnreadableError(str(path), [Problem(None, message)])

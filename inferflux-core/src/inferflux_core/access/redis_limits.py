@@ -61,7 +61,7 @@ class RedisLimiter(Limiter):
         """Args:
             on_event: told one of `EVENTS`.
             lease_seconds: after which Redis takes back what a server held that died; longer than any request.
-            timeout: in seconds, to connect to Redis and again for an answer.
+            timeout: in seconds, to connect to Redis; an answer may take twice as long.
             retry_seconds: pause before Redis is asked again after a failure.
 
         Raises:

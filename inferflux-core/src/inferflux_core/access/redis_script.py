@@ -54,7 +54,7 @@ class RedisScript:
         """Args:
             on_event: told `store_error` for each call that failed, and `store_recovered`.
             meanwhile: what is done while Redis cannot be used, for the log.
-            timeout: in seconds, to connect, and again for an answer.
+            timeout: in seconds, to connect; an answer may take twice as long, with all that is before it.
 
         Raises:
             ConfigError: the extra `redis` is not installed, or the URL is not one of Redis.
@@ -69,11 +69,12 @@ class RedisScript:
                 "limits.store is 'redis', and the Redis client is not installed: pip install 'inferflux-core[redis]'"
             ) from error
         try:
-            # RESP2: one round trip less to connect. No retries: a script that may have run is not run twice.
+            # RESP2: one round trip less to connect. No retries: a script that may have run is not run twice. No socket timeout:
+            # the client would write under `asyncio.wait_for`, which in Python 3.11 may swallow that a request was cancelled.
             self._client: Redis = Redis.from_url(
                 url,
                 protocol=2,
-                socket_timeout=timeout,
+                socket_timeout=None,
                 socket_connect_timeout=timeout,
                 retry=Retry(NoBackoff(), 0),
                 max_connections=4 * _CONNECTIONS,
@@ -87,7 +88,7 @@ class RedisScript:
         self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self._on_event = on_event
         self._meanwhile = meanwhile
-        self._deadline = 2.5 * timeout  # connect, log in and get an answer
+        self._deadline = 2 * timeout
         self._retry_seconds = retry_seconds
         self._clock = clock
         self._calls = asyncio.Semaphore(_CONNECTIONS)

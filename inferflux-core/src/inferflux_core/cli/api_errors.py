@@ -57,7 +57,7 @@ def error_from_response(url: str, path: str, status: int, body: bytes, retry_aft
     """
     message, code = _message_and_code(body)
     if status == 401:
-        message = f"{message or 'the server wants an API key'}. Give a valid one with --api-key"
+        message = f"{message or 'the server wants an API key'}. Give a valid one with --api-key, or log in with: inferctl login"
     elif status == 404 and code != "model_not_found":
         reason = f" ({message})" if message else ""
         message = f"{url} has no {path}{reason}. Is it an OpenAI-compatible server?"

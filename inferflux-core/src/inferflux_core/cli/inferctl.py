@@ -12,12 +12,22 @@ import click
 
 from .api_client import ApiClient, StreamPart, Usage
 from .api_errors import ApiError, printable
-from .login import login, logout
+from .lazy_group import LazyCommand, LazyGroup
 from .server_options import GlobalOptions, Server, global_options, print_json, server_command
 from .table import print_table
 
 
+_LATER = {
+    "login": LazyCommand("inferflux_core.cli.login", "login", "Log in to a server through its authorization server."),
+    "logout": LazyCommand("inferflux_core.cli.login", "logout", "Forget a login, and have its tokens revoked."),
+    "admin": LazyCommand("inferflux_core.cli.admin.group", "admin", "Administer a server: keys, policy, limits, models."),
+    "audit": LazyCommand("inferflux_core.cli.audit", "audit", "Verify or read the audit log on this machine."),
+}
+
+
 @click.group(
+    cls=LazyGroup,
+    lazy=_LATER,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog='Shell completion: eval "$(_INFERCTL_COMPLETE=bash_source inferctl)" (or zsh_source, fish_source).',
 )
@@ -32,8 +42,6 @@ def inferctl(context: click.Context, /, options: GlobalOptions) -> None:
     context.obj = options
 
 
-inferctl.add_command(login)
-inferctl.add_command(logout)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.types import Scope
 
 from inferflux_core.access.audit.events import AuditEvent
-from inferflux_core.serving.exchange import Exchange, route_template
+from inferflux_core.serving.exchange import UNMATCHED, Exchange, route_template
 
 _REFUSED = (401, 403, 404, 429)
 
@@ -28,6 +28,8 @@ def audit_event(exchange: Exchange, scope: Scope, status: int) -> AuditEvent:
         "address_source": exchange.address_source,
         "ended_by": _ended_by(exchange, status),
     }
+    if fields["api"] == UNMATCHED:
+        fields["path"] = scope["path"]
     name = "request.completed"
     if exchange.auth_failure is not None:
         name = "auth.failed"

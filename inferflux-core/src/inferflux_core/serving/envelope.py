@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inferflux_core.access.audit.log import AuditLog, NoAudit
 from inferflux_core.errors import AccessUnavailableError
 from inferflux_core.serving.audit_trail import audit_event
+from inferflux_core.serving.client_address import TrustedProxies, client_address
 from inferflux_core.serving.disconnect import ClientDisconnected
 from inferflux_core.serving.error_responses import (
     error_body,
@@ -101,6 +102,7 @@ class RequestEnvelope:
         self._app = OriginGuard(app, check=OriginCheck(server.allowed_origins, server.public_url))
         self._metrics = services.metrics
         self._audit = services.access.audit
+        self._trusted_proxies = TrustedProxies(server.trusted_proxies)
         self._host_check = HostCheck(server.host, server.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,6 +111,7 @@ class RequestEnvelope:
             await self._app(scope, receive, send)
             return
         exchange = Exchange(_request_id(Headers(scope=scope)))
+        exchange.address, exchange.address_source = client_address(scope, self._trusted_proxies)
         exchange.attach(scope)
         token = request_id_var.set(exchange.request_id)
 

@@ -22,7 +22,6 @@ from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.loop import EngineSpec
 from inferflux_core.models.manager import ModelManager
 from inferflux_core.plugins import load_plugins
-from inferflux_core.serving.admin.routes import admin_routes
 from inferflux_core.serving.app import create_app
 from inferflux_core.serving.pipeline import Pipeline
 from inferflux_core.serving.services import ServerState, Services
@@ -141,10 +140,9 @@ async def administered(tmp_path: Path, **settings: Any) -> AsyncIterator[Adminis
         settings=configured,
         metrics=metrics,
         state=state,
+        configuration=lambda: as_json(loaded, effective_values(loaded, registry)),
     )
     app = create_app(services)
-    if not any(getattr(route, "path", "").startswith("/v1/admin") for route in app.routes):
-        app.router.routes += admin_routes(services, lambda: as_json(loaded, effective_values(loaded, registry))).routes
     await access.start()
     try:
         await models.load()

@@ -138,9 +138,7 @@ async def test_a_write_needs_the_current_version(server: Administered) -> None:
         (b"", ("empty",)),
     ],
 )
-async def test_a_body_that_is_wrong_makes_no_key(
-    server: Administered, content: bytes, words: tuple[str, ...]
-) -> None:
+async def test_a_body_that_is_wrong_makes_no_key(server: Administered, content: bytes, words: tuple[str, ...]) -> None:
     response = await server.ask("POST", KEYS, content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     for word in words:

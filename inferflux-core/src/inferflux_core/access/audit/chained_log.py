@@ -71,7 +71,7 @@ class ChainedLog:
         self._chain = Chain(key, end.seq, end.hash)
         self._first_seq = end.first_seq
         self._is_full = end.is_rotated
-        self._closed_as: Path | None = None
+        self._unlisted: ClosedFile | None = None  # has its new name, but is not in the manifest yet
         self._look_at = 0.0
         self.head = end.seq
         self.own_entries: list[Entry] = []
@@ -101,6 +101,9 @@ class ChainedLog:
         self._file.repair()
         if self._is_full:
             self._begin_next()
+        if self._unlisted is not None:
+            add_to_manifest(self._path, self._key, self._unlisted)
+            self._unlisted = None
         now = time.monotonic()
         if now >= self._look_at:
             if not self._file.is_in_place():
@@ -166,16 +169,12 @@ class ChainedLog:
 
     def _begin_next(self) -> None:
         self._file.sync()
-        if self._closed_as is None:
+        if self._unlisted is None:
             closed = closed_files(self._path)
             target = closed_name(self._path, closed[-1][0] + 1 if closed else 1)
             os.rename(self._path, target)
-            self._closed_as = target
-        sync_folder(self._path.parent)
-        entry = ClosedFile(self._closed_as.name, self._first_seq, self._chain.seq, self._chain.hash, self._file.end)
-        add_to_manifest(self._path, self._key, entry)
+            self._unlisted = ClosedFile(target.name, self._first_seq, self._chain.seq, self._chain.hash, self._file.end)
         self._open_next()
-        self._closed_as = None
         self._is_full = False
 
     def _replace_lost(self) -> None:

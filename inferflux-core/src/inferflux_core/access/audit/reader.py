@@ -43,7 +43,7 @@ def read_log(log: Path, *, patience_s: float = 1.0) -> Iterator[Line]:
         FileNotFoundError: at the end, if the open file of the log is missing.
         OSError: a file cannot be read.
     """
-    for file, is_closed in _files(log):
+    for file, is_closed in _files(log, patience_s):
         path = Path(file.name)
         number = 0
         while line := _read_line(file, 0 if is_closed else patience_s):
@@ -123,29 +123,29 @@ def _following(log: Path, file: BinaryIO) -> BinaryIO | None:
         return None  # between two files
 
 
-def _files(log: Path) -> Iterator[tuple[BinaryIO, bool]]:
+def _files(log: Path, patience_s: float) -> Iterator[tuple[BinaryIO, bool]]:
     done = 0
+    give_up = time.monotonic() + patience_s
     while True:
         newer = [(number, path) for number, path in closed_files(log) if number > done]
         if newer:
             done = newer[0][0]
             with newer[0][1].open("rb") as file:
                 yield file, True
+            give_up = time.monotonic() + patience_s
             continue
-        with _open_patiently(log) as file:
+        try:
+            file = log.open("rb")
+        except FileNotFoundError:  # for a moment, while it is rotated, there is none
+            if time.monotonic() >= give_up and not any(number > done for number, _ in closed_files(log)):
+                raise
+            time.sleep(_POLL_S)
+            continue
+        with file:
             if any(number > done for number, _ in closed_files(log)):
                 continue  # it was rotated in between: this may be the one after
             yield file, False
         return
-
-
-def _open_patiently(log: Path) -> BinaryIO:
-    """Open the open file; for a moment while it is rotated there is none."""
-    try:
-        return log.open("rb")
-    except FileNotFoundError:
-        time.sleep(_POLL_S)
-        return log.open("rb")
 
 
 def _read_line(file: BinaryIO, patience_s: float) -> bytes:

@@ -58,8 +58,10 @@ class AdminBodyReader(BodyReader):
         try:
             return model.model_validate_json(body, strict=True)
         except ValidationError as error:
-            details = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            if details["type"] != "extra_forbidden":
+            # A misspelt field often leaves another one missing: the misspelling is what to tell.
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            details = next((details for details in found if details["type"] == "extra_forbidden"), None)
+            if details is None:
                 raise first_error(error) from None
             path = dotted_path(details["loc"])
             known = ", ".join(sorted(model.model_fields))
