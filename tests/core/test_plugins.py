@@ -76,6 +76,7 @@ def test_core_registers_through_the_same_hooks() -> None:
         ("model source", "fake", "inferflux-core"),
         ("model source", "hf", "inferflux-core"),
         ("model source", "path", "inferflux-core"),
+        ("auth provider", "api_keys", "inferflux-core"),
     ]
     assert all(entry.registration.summary for entry in registry)
 

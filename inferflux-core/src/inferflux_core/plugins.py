@@ -69,7 +69,7 @@ class PluginRegistry:
         except KeyError:
             known = ", ".join(sorted(self.entries[kind])) or "none"
             raise PluginError(
-                f"no installed plugin registers a {kind} named {name!r} (there are: {known}); "
+                f"no installed plugin registers {_article(kind)} {kind} named {name!r} (there are: {known}); "
                 f"correct the name or install the package that provides it"
             ) from None
 
@@ -151,6 +151,10 @@ def _register(
                 if problem := _unfit(registration):
                     raise PluginError(f"{origin} returned {registration!r}; {problem}")
                 registry.add(kind, registration, distribution)
+
+
+def _article(kind: str) -> str:
+    return "an" if kind[0] in "aeiou" else "a"
 
 
 def _is_several(result: object) -> bool:

@@ -63,7 +63,7 @@ def test_redacted(secret: str) -> None:
     assert secret not in text
 
 
-@pytest.mark.parametrize("text", ["", "What is the capital of France?", "def f(x): return x[1:2] + 3.14", "12345", "a::b"])
+@pytest.mark.parametrize("text", ["", "What is the capital of France?", "def f(x): return x[1:2] + 3.14", "12345", "std::vec"])
 def test_not_redacted(text: str) -> None:
     assert redacted(text) == text
 

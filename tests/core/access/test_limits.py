@@ -124,13 +124,27 @@ async def test_a_slot_is_free_again_when_its_request_is_settled_once() -> None:
     await second.settle(0)
 
 
-async def test_the_longest_wait_is_told() -> None:
-    limiter, demands = Clocks().limiter(), [key(rpm=60), tenant(rpm=1), model(concurrency=1)]
+@pytest.mark.parametrize("tenant_first", [True, False])
+async def test_of_several_quotas_the_one_with_the_longest_wait_is_told(tenant_first: bool) -> None:
+    limiter, demands = Clocks().limiter(), [key(rpm=2), tenant(rpm=1), model(concurrency=1)]
+    await limiter.acquire([key(rpm=2)], "demo")
     await limiter.acquire(demands, "demo")
-    error = await refusal(limiter.acquire(demands, "demo"))
+    error = await refusal(limiter.acquire([demands[1], demands[0], demands[2]] if tenant_first else demands, "demo"))
     assert error is not None
     assert (error.kind, error.retry_after) == ("requests", 60.0)
     assert "tenant 'acme'" in error.message
+
+
+@pytest.mark.parametrize(("used", "kind", "wait"), [(10, "requests", 30.0), (20, "tokens", 66.0)])
+async def test_of_several_kinds_the_one_with_the_longest_wait_is_told(used: int, kind: str, wait: float) -> None:
+    limiter, demands = Clocks().limiter(), [key(rpm=2, tpm=10, concurrency=2)]
+    await limiter.acquire(demands, "demo")
+    lease = await limiter.acquire(demands, "demo")
+    await lease.reserve_tokens(10)
+    await lease.settle(used)
+    error = await refusal(limiter.acquire(demands, "demo"))
+    assert error is not None
+    assert (error.kind, error.retry_after) == (kind, wait)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from core.access.limiting import eventually, key, limiter_on, refusal, refused_kind, tenant
 from inferflux_core.access.limits import Demand, Limiter, make_limiter
+from inferflux_core.access.redis_script import RedisScript, StoreDown
 from inferflux_core.errors import AccessUnavailableError, ConfigError, RateLimitError
 from inferflux_core.settings import Limits, LimitSettings
 from redis_server import RedisServer, running_redis
@@ -181,6 +182,45 @@ async def test_nothing_is_asked_after_close(redis: RedisServer) -> None:
     await lease.settle(0)
     assert asyncio.all_tasks() == before
     await eventually(lambda: asyncio.sleep(0, len(redis.client.client_list()) == 1))
+
+
+# --- how often Redis is asked and the log written ---------------------------------------------------------------------
+
+
+async def test_a_redis_that_is_away_is_asked_once_a_second_and_logged_every_ten(caplog: pytest.LogCaptureFixture) -> None:
+    events: list[str] = []
+    now = 100.0
+    script = RedisScript(NOWHERE, "return {}", on_event=events.append, meanwhile="waiting", clock=lambda: now)
+    asked = []
+    for _ in range(201):
+        with pytest.raises(StoreDown) as caught:
+            await script.run([], [])
+        asked.append(caught.value.asked)
+        now += 0.125
+    await script.close()
+    assert asked == ([True] + [False] * 7) * 25 + [True]
+    assert events == ["store_error"] * 26
+    assert [record.getMessage().rpartition(".)")[2] for record in caplog.records] == [
+        "; waiting",
+        ", 9 more failures since the last such line; waiting",
+        ", 9 more failures since the last such line; waiting",
+    ]
+
+
+async def test_only_one_call_tries_whether_redis_is_back(redis: RedisServer) -> None:
+    now = 100.0
+    events: list[str] = []
+    script = RedisScript(redis.url, "return {'1'}", on_event=events.append, meanwhile="", timeout=5, clock=lambda: now)
+    redis.stop()
+    with pytest.raises(StoreDown):
+        await script.run([], [])
+    redis.start()
+    now += 1
+    results = await asyncio.gather(*(script.run([], []) for _ in range(10)), return_exceptions=True)
+    assert [isinstance(result, StoreDown) for result in results] == [False] + [True] * 9
+    assert await script.run([], []) == [b"1"]
+    await script.close()
+    assert events == ["store_error", "store_recovered"]
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

@@ -12,11 +12,14 @@ from inferflux_core.access.policy_file import PolicyError
 from inferflux_core.access.policy_lint import check_policy
 from inferflux_core.access.rbac import Policy
 
+ASK_FOR = "ask for one 'model/<name>' or 'api/<group>', without '*'"
+COMMENT = "a comment must be on a line of its own: behind a rule it would become part of its last field"
 EXAMPLES = Path(__file__).parents[3] / "examples" / "policy"
 
 
 def test_cases_are_read_with_their_lines() -> None:
-    text = b"# questions\nsubject,tenant,object,action,expected\n\nkey:k1, acme, model/x, generate, allow\nrole:user,b,api/keys,read,deny\n"
+    rows = b"\nkey:k1, acme, model/x, generate, allow\nrole:user,b,api/keys,read,deny\n"
+    text = b"# questions\nsubject,tenant,object,action,expected\n" + rows
     assert read_cases(text, "tests.csv") == [
         PolicyCase("key:k1", "acme", "model/x", "generate", "allow", 4),
         PolicyCase("role:user", "b", "api/keys", "read", "deny", 5),
@@ -28,14 +31,13 @@ def test_cases_are_read_with_their_lines() -> None:
     [
         ("key:k1,acme,model/x,generate", "a case has 5 fields (subject, tenant, object, action, expected), but this one has 4"),
         ("key:k1,*,model/x,generate,deny", "'*' is not a tenant; ask for one tenant, not for '*'"),
-        ("key:k1,acme,model/*,generate,deny", "'model/*' is not an object; ask for one 'model/<name>' or 'api/<group>', without '*'"),
-        ("key:k1,acme,x,generate,deny", "'x' is not an object; ask for one 'model/<name>' or 'api/<group>', without '*'"),
+        ("key:k1,acme,model/*,generate,deny", "'model/*' is not an object; " + ASK_FOR),
+        ("key:k1,acme,x,generate,deny", "'x' is not an object; " + ASK_FOR),
         ("key:k1,acme,model/x,write,deny", "'write' is not an action; actions are generate, embed, read, admin"),
         ("key:k1,acme,model/x,read,Deny", "'Deny' is neither 'allow' nor 'deny', in small letters"),
-        ("key:k1,acme,model/x,read,deny # no", "a comment must be on a line of its own: behind a rule it would become part of its "
-         "last field"),
+        ("key:k1,acme,model/x,read,deny#", COMMENT),
     ],
-)  # fmt: skip
+)
 def test_a_case_that_is_refused_is_named_with_its_line(row: str, message: str) -> None:
     with pytest.raises(PolicyError) as caught:
         read_cases(f"subject,tenant,object,action,expected\n{row}\n".encode(), "tests.csv")
@@ -44,8 +46,13 @@ def test_a_case_that_is_refused_is_named_with_its_line(row: str, message: str) -
 
 
 def test_what_fails_is_told_with_the_rule_that_decided() -> None:
-    cases = b"key:k1,acme,model/x,generate,deny\nkey:k1,acme,api/keys,read,allow\nrole:usr,acme,model/x,generate,deny\nrole:user,a,model/x,generate,allow\n"
-    assert run_cases(compiled(BASE), read_cases(cases, "tests.csv")) == [
+    rows = [
+        "key:k1,acme,model/x,generate,deny",
+        "key:k1,acme,api/keys,read,allow",
+        "role:usr,acme,model/x,generate,deny",
+        "role:user,a,model/x,generate,allow",
+    ]
+    assert run_cases(compiled(BASE), read_cases("".join(f"{row}\n" for row in rows).encode(), "tests.csv")) == [
         "line 1: 'key:k1' of 'acme': generate on 'model/x' is allowed by the policy's "
         "line 2: p, role:user, *, model/**, generate, allow; expected deny",
         "line 2: 'key:k1' of 'acme': read on 'api/keys' is denied because no rule allows it; expected allow",

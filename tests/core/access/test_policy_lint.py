@@ -12,13 +12,20 @@ from core.access.policies import BASE, ROLES, compiled
 from inferflux_core.access.policy_file import MAX_POLICY_BYTES, MAX_PROBLEMS, PolicyError, Problem, read_rows
 from inferflux_core.access.policy_lint import check_policy
 
+NO_ROLE = "is not the name of a role; use letters, digits and '._:/@-', without 'role:' before it"
+NO_SUBJECT = "is not a subject; use 'role:<name>', 'key:<id>' or 'user:<issuer>|<sub>'"
+NO_TENANT = "is not a tenant; use letters, digits and '._-', at most 64, or '*' for every tenant"
+NO_OBJECT = "is not an object; use 'model/<name>', 'api/<group>' or '**' for everything"
+INVISIBLE = "it has a control character or one that cannot be seen; write the line anew"
+
 
 def check(text: str) -> list[str]:
     return [str(problem) for problem in check_policy(text.encode(), "policy.csv")]
 
 
 def test_comments_blank_lines_spaces_and_both_line_ends_are_read() -> None:
-    text = "# a, b [c] \"d\" 'e'\r\n\n\t  # more\nrole,user , admin\r\np,role:user,*,model/My Model,generate,allow\n  g , key:k1 , role:user , *\n"
+    comments = "# a, b [c] \"d\" 'e'\r\n\n\t  # more\n"
+    text = comments + "role,user , admin\r\np,role:user,*,model/My Model,generate,allow\n  g , key:k1 , role:user , *\n"
     rows, problems = read_rows(text.encode())
     assert problems == []
     assert rows.roles == {"role:user": 4, "role:admin": 4}
@@ -32,30 +39,32 @@ def test_comments_blank_lines_spaces_and_both_line_ends_are_read() -> None:
     ("row", "message"),
     [
         ("role", "'role' declares roles, but names none: 'role, viewer, user'"),
-        ("role, role:user", "'role:user' is not the name of a role; use letters, digits and '._:/@-', without 'role:' before it"),
-        ("role, a b", "'a b' is not the name of a role; use letters, digits and '._:/@-', without 'role:' before it"),
-        ("g, k1, role:user, *", "'k1' is not a subject; use 'role:<name>', 'key:<id>' or 'user:<issuer>|<sub>'"),
-        ("g, user:a, role:user, *", "'user:a' is not a subject; use 'role:<name>', 'key:<id>' or 'user:<issuer>|<sub>'"),
-        ("g, key:*, role:user, *", "'key:*' is not a subject; use 'role:<name>', 'key:<id>' or 'user:<issuer>|<sub>'"),
+        ("role, role:user", "'role:user' " + NO_ROLE),
+        ("role, a b", "'a b' " + NO_ROLE),
+        ("g, k1, role:user, *", "'k1' " + NO_SUBJECT),
+        ("g, user:a, role:user, *", "'user:a' " + NO_SUBJECT),
+        ("g, key:*, role:user, *", "'key:*' " + NO_SUBJECT),
         ("g, anonymous, role:user, *", "'anonymous' cannot be given anything by a policy; without credentials nobody is known"),
         ("g, key:k1, user, *", "'user' is not a role; name it 'role:<name>'"),
         ("g, role:user, role:user, *", "'role:user' is bound to itself"),
-        ("g, key:k1, role:user, a b", "'a b' is not a tenant; use letters, digits and '._-', at most 64, or '*' for every tenant"),
-        ("g, key:k1, role:user, acme-*", "'acme-*' is not a tenant; use letters, digits and '._-', at most 64, or '*' for every tenant"),
+        ("g, key:k1, role:user, a b", "'a b' " + NO_TENANT),
+        ("g, key:k1, role:user, acme-*", "'acme-*' " + NO_TENANT),
         ("g, key:k1, , *", "field 3 is empty"),
         ("g2, admin, read", "'read' must not imply 'admin': name those who may administer in a 'p' row"),
         ("g2, *, read", "'*' is not an action; actions are generate, embed, read, admin"),
-        ("p, role:user, *, *, read, deny", "'*' is not an object; use 'model/<name>', 'api/<group>' or '**' for everything"),
-        ("p, role:user, *, model/, read, deny", "'model/' is not an object; use 'model/<name>', 'api/<group>' or '**' for everything"),
-        ("p, role:user, *, Model/x, read, deny", "'Model/x' is not an object; use 'model/<name>', 'api/<group>' or '**' for everything"),
+        ("p, role:user, *, *, read, deny", "'*' " + NO_OBJECT),
+        ("p, role:user, *, model/, read, deny", "'model/' " + NO_OBJECT),
+        ("p, role:user, *, Model/x, read, deny", "'Model/x' " + NO_OBJECT),
         ("p, role:user, *, model//x, read, deny", "the object 'model//x' has an empty segment or a space at an end"),
-        ("p, role:user, *, model/***, read, deny", "the object 'model/***' has more than two '*' in a row; '*' matches within one "
-         "segment, '**' across segments"),
-        ("p, role:user\x00, *, model/x, read, deny", "it has a control character or one that cannot be seen; write the line anew"),
-        ("p, role:user, *, model/\u200bx, read, deny", "it has a control character or one that cannot be seen; write the line anew"),
-        ("p, role:user, *, model/x, read\rdeny", "it has a control character or one that cannot be seen; write the line anew"),
+        (
+            "p, role:user, *, model/***, read, deny",
+            "the object 'model/***' has more than two '*' in a row; '*' matches within one segment, '**' across segments",
+        ),
+        ("p, role:user\x00, *, model/x, read, deny", INVISIBLE),
+        ("p, role:user, *, model/\u200bx, read, deny", INVISIBLE),
+        ("p, role:user, *, model/x, read\rdeny", INVISIBLE),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_refused_is_named_with_the_cause(row: str, message: str) -> None:
     assert check(f"{BASE}\n{row}\n") == [f"line 5: {message}"]
 

@@ -1,8 +1,9 @@
-"""The traps of Casbin (security.md 2.4), one test a row: what Casbin lets through, a policy of ours refuses or decides rightly."""
+"""The traps of Casbin, one test a row of the table: what Casbin lets through, a policy of ours refuses or decides rightly."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -191,7 +192,7 @@ def test_a_distribution_called_casbin_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def chain(steps: int) -> str:
     names = [f"r{i}" for i in range(steps + 1)]
-    rows = [f"g, role:{a}, role:{b}, *" for a, b in zip(names, names[1:], strict=False)]
+    rows = [f"g, role:{a}, role:{b}, *" for a, b in pairwise(names)]
     return "\n".join(
         [f"role, {', '.join(names)}", f"p, role:r{steps}, *, model/*, generate, allow", *rows, "g, key:k1, role:r0, *\n"]
     )

@@ -1,10 +1,11 @@
-"""Decisions of a compiled policy: roles, tenants, actions, explanations; and the same answers as a plain Casbin with the whole file."""
+"""Decisions of a compiled policy: those of a plain Casbin with the whole file; roles, tenants, actions, explanations."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -34,10 +35,11 @@ LINK = st.tuples(
     st.sampled_from(("role:user", "role:admin", "role:viewer")),
     st.sampled_from(("*", "acme", "globex")),
 ).filter(lambda link: link[0] != link[1])
+Row = tuple[str, ...]
 OBJECTS = ("model/acme-x", "model/a/b", "model/z", "api/keys", "api/models")
 
 
-def plain_casbin(rules: list[tuple[str, ...]], links: list[tuple[str, ...]], implied: list[tuple[str, ...]]) -> Any:
+def plain_casbin(rules: Sequence[Row], links: Sequence[Row], implied: Sequence[Row]) -> Any:
     """Casbin as its manual has it: the whole policy in one enforcer, loaded by its own text adapter."""
     import casbin
     from casbin.persist.adapters.string_adapter import StringAdapter
@@ -66,16 +68,16 @@ def plain_casbin(rules: list[tuple[str, ...]], links: list[tuple[str, ...]], imp
     st.booleans(),
 )
 def test_the_answers_are_those_of_casbin_with_the_whole_policy(
-    rules: list[tuple[str, ...]], links: list[tuple[str, ...]], brought: set[str], embeds: bool
+    rules: list[Row], links: list[Row], brought: set[str], embeds: bool
 ) -> None:
-    implied = [("embed", "generate")] if embeds else []
+    implied: list[Row] = [("embed", "generate")] if embeds else []
     rows = [("role", "user", "admin", "viewer"), *(("p", *r) for r in rules), *(("g", *k) for k in links)]
     policy = compiled("\n".join(", ".join(row) for row in [*rows, *(("g2", *i) for i in implied)]) + "\n")
     implied += [(action, "admin") for action in ("generate", "embed", "read")]
     for tenant in ("acme", "globex", "elsewhere"):
         # What a credential brings is, to plain Casbin, a row more.
         for subject in SUBJECTS:
-            claimed = [(subject, f"role:{role}", tenant) for role in brought if role != "undeclared"]
+            claimed: list[Row] = [(subject, f"role:{role}", tenant) for role in brought if role != "undeclared"]
             oracle = plain_casbin(rules, links + claimed, implied)
             for obj, action in product(OBJECTS, ACTIONS):
                 asker = Principal(subject=subject, tenant=tenant, roles=frozenset(brought))

@@ -218,7 +218,7 @@ def test_a_silent_server_times_out() -> None:
         (["chat", "\udcff"], None, "an argument is not UTF-8 text"),
         (["chat", "x", "--max-tokens", "0"], None, "Invalid value for '--max-tokens'"),
         (["completion", "-"], " ", "the PROMPT is empty"),
-        (["frobnicate"], None, "No such command 'frobnicate'"),
+        (["frobnicate"], None, "there is no command 'frobnicate'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], stdin: Any, message: str) -> None:

@@ -279,15 +279,18 @@ def test_plugins_tell_what_is_in_use() -> None:
         ("model source", "fake"): "always",
         ("model source", "hf"): "always",
         ("model source", "path"): "always",
+        ("auth provider", "api_keys"): None,
     }
     Path("my.yaml").write_text(
-        "engine: {scheduler: fair}\nmodels: [{source: demo, backend: other}, {source: fake, backend: fake}]",
+        "engine: {scheduler: fair}\nmodels: [{source: demo, backend: other}, {source: fake, backend: fake}]\n"
+        "auth: {providers: [api_keys]}",
         encoding="utf-8",
     )
     parts = active_parts("--config", "my.yaml")
     assert parts["scheduler", "fair"] == "engine.scheduler"
     assert parts["scheduler", "fcfs"] is None
     assert parts["backend", "fake"] == "models[1].backend"
+    assert parts["auth provider", "api_keys"] == "auth.providers"
 
 
 def test_plugins_as_a_table() -> None:
@@ -376,8 +379,8 @@ def test_options_win_over_environment_and_file_and_models_replace_theirs(server:
         (["--config", "nope.yaml"], "--config: there is no file 'nope.yaml'; correct the path"),
         (
             ["--host", "0.0.0.0"],
-            "server.host: '0.0.0.0' can be reached from other machines, and no auth provider is configured (this "
-            "version has none); listen on 127.0.0.1, or let anyone use the models with --insecure-no-auth "
+            "server.host: '0.0.0.0' can be reached from other machines, and no auth provider is configured; set "
+            "auth.providers (such as [api_keys]), listen on 127.0.0.1, or let anyone use the models with --insecure-no-auth "
             "(server.insecure_no_auth: true)",
         ),
     ],

@@ -52,6 +52,13 @@ def test_the_page_has_exactly_the_catalogue(metrics: Metrics) -> None:
     metrics.inter_token("tiny", 0.01)
     metrics.error("overloaded")
     metrics.queue_rejection("requests")
+    metrics.auth_failure("unknown_key")
+    metrics.auth_event("oidc", "keys_fetched")
+    metrics.policy_decision("casbin", True, 0.001)
+    metrics.policy_reload("reloaded")
+    metrics.rate_limited("requests")
+    metrics.limiter_event("local")
+    metrics.audit("records")
     families = {family.name: family for family in text_string_to_metric_families(metrics.scrape()[0].decode())}
     own = {name: family for name, family in families.items() if not name.startswith(LIBRARY)}
     assert own.keys() == {spec.name.removesuffix("_total") for spec in CATALOGUE}

@@ -66,6 +66,8 @@ def chosen_by(entry: Entry, settings: Settings) -> str | None:
             if name in backends:
                 return f"models[{backends.index(name)}].backend"
             return AUTO_BACKEND if AUTO_BACKEND in backends else None
+        case "auth provider":
+            return "auth.providers" if name in settings.auth.providers else None
     return "always"
 
 

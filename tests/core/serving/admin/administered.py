@@ -96,6 +96,10 @@ class Administered:
         assert response.status_code in (200, 202), response.text
         return response.json()
 
+    async def num_keys(self) -> int:
+        assert self.access.keys is not None
+        return len(await self.access.keys.list())
+
 
 def refused(response: httpx.Response, status: int, code: str | None, *words: str) -> None:
     """The reply is this refusal, in the four-key shape, and its message has these words."""

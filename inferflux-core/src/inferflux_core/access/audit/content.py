@@ -25,8 +25,8 @@ _PATTERNS = (
     re.compile(r"(?<![\w-])(?:sk|pk|rk|gh[a-z]|github_pat|glpat|xox[a-z]|hf|AKIA|ASIA)[-_]?[A-Za-z0-9_-]{14,}+"),
     re.compile(r"(?<![A-Za-z0-9_+/-])[A-Za-z0-9_+/-]{32,}+={0,2}"),  # any long word of the alphabets that keys use
     re.compile(r"(?<![\w.%+'-])[\w.%+'-]++@[\w-]++(?:\.[\w-]++)*+"),
-    re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}+(?:[0-9A-Fa-f]{1,4}(?![\w]))?+(?:\d{1,3}(?:\.\d{1,3}){3})?+"),
-    re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d])"),
+    re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}+(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4})?+"),
+    re.compile(r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\d)"),
     re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}+(?: ?[A-Z0-9]{1,4})?\b"),  # bank accounts
     re.compile(r"\+?(?<!\d)\d(?:[ ()./-]{0,3}+\d){6,}+"),  # cards, telephones, and other numbers of seven digits or more
 )
