@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Key:
     """A key, and what is known of it beside its secret."""
 
     id: str
-    secret: str
+    secret: str = field(repr=False)
 
     @property
     def headers(self) -> dict[str, str]:

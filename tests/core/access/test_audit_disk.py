@@ -214,6 +214,10 @@ def test_a_write_that_cannot_even_be_taken_back(tmp_path: Path, monkeypatch: pyt
     file = AppendFile(tmp_path / "f", keep_unsynced=True)
     file.append(b"whole\n")
     disk.error, disk.room = errno.EIO, 2
+    with pytest.raises(OSError, match="Input/output"):
+        file.append(b"first\n")
+    assert (tmp_path / "f").read_bytes() == b"whole\n"  # taken back at once
+    disk.room = 2
     with monkeypatch.context() as patch:
         patch.setattr(append_file.os, "ftruncate", _fails)
         with pytest.raises(OSError, match="Input/output"):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.access.audit_logs import check, open_log, write_log
+from inferflux_core.access.audit import reader
 from inferflux_core.access.audit.chain import Chain, canonical, read_record
 from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.access.audit.rotation import closed_files, manifest_path
@@ -105,6 +106,40 @@ async def test_another_log_in_its_place(tmp_path: Path) -> None:
         8,
         "record 8 is not the one that was signed: the log was replaced",
     )
+
+
+async def test_two_ends_of_one_log(tmp_path: Path) -> None:
+    """Both authentic: a server was restored from a backup, and its log put together from both."""
+    await write_log(tmp_path, 3)
+    backup = (tmp_path / "audit.jsonl").read_bytes(), (tmp_path / "audit-checkpoints.jsonl").read_bytes()
+    await write_log(tmp_path, 3)
+    first = (tmp_path / "audit.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "audit.jsonl").write_bytes(backup[0])
+    (tmp_path / "audit-checkpoints.jsonl").write_bytes(backup[1])
+    await write_log(tmp_path, 3)
+    change(tmp_path, lambda lines: [*first[:5], lines[5]])
+    found = check(tmp_path, checkpoints=False)
+    assert (found.ok, found.first_bad) == (False, 6)
+    assert "does not follow the record before" in str(found.reason)
+
+
+def test_a_rotation_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, chain = tmp_path / "audit.jsonl", Chain(b"k" * 32)
+    log.write_bytes(chain.append({"event": "log.rotate"}, "0" * 32, 0))
+    looks = 0
+
+    def look(path: Path) -> list[tuple[int, Path]]:
+        nonlocal looks
+        looks += 1
+        found = closed_files(path)
+        if looks == 1:
+            log.rename(tmp_path / "audit.000001.jsonl")
+            log.write_bytes(chain.append({"event": "thing"}, "0" * 32, 0))
+        return found
+
+    monkeypatch.setattr(reader, "closed_files", look)
+    found = verify(log, key=b"k" * 32)
+    assert (found.ok, found.records) == (True, 2)
 
 
 async def test_a_missing_log(tmp_path: Path) -> None:
@@ -238,7 +273,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return folder, asyncio.run(_small_log(folder))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_other_byte_is_noticed(small: tuple[Path, bytes], data: st.DataObject) -> None:
     folder, whole = small

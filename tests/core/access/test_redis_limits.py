@@ -91,6 +91,11 @@ async def test_refusals_and_headers_are_the_same(redis: RedisServer) -> None:
         error = await refusal(limiter.acquire([key(rpm=1)], "demo"))
         assert error is not None
         assert error.headers["Retry-After"] == "60"
+        await limiter.acquire([tenant(concurrency=1, rpm=2)], "demo")
+        for order in (1, -1):
+            longest = await refusal(limiter.acquire([tenant(concurrency=1, rpm=2), key(rpm=1)][::order], "demo"))
+            assert longest is not None
+            assert (longest.kind, longest.headers["Retry-After"]) == ("requests", "60")
         assert error.message == (
             "Too many requests to model 'demo': the limit of this API key is 1 requests a minute. Try again in 60 s."
         )
