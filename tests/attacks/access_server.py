@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
+from attacks.raw_http import Reply, head
 from inferflux_core.access.api_key_settings import ApiKeySettings
 from inferflux_core.access.audit.key_files import AuditPaths, read_key
 from inferflux_core.access.audit.verify import Verification, verify
@@ -83,6 +85,14 @@ class AccessServer:
     def chat(self, name: str, **fields: Any) -> httpx.Response:
         return self.ask(name, "POST", "/v1/chat/completions", json=chat(**fields))
 
+    def chat_bytes(self, name: str, **fields: Any) -> bytes:
+        """The same as raw HTTP."""
+        body, lines = (
+            json.dumps(chat(**fields)).encode(),
+            ("Content-Type: application/json", f"X-API-Key: {self.keys[name].secret}"),
+        )
+        return head("POST", "/v1/chat/completions", *lines, f"Content-Length: {len(body)}") + body
+
     def records(self) -> list[dict[str, Any]]:
         """What is in the audit log now."""
         return [json.loads(line) for line in self.audit_log.read_bytes().splitlines()]
@@ -118,6 +128,30 @@ def make_keys(store: Path, keys: Mapping[str, Mapping[str, Any]]) -> dict[str, K
             ring.close()
 
     return asyncio.run(create())
+
+
+async def next_reply(reader: asyncio.StreamReader) -> Reply:
+    """The next response with a Content-Length."""
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return Reply(int(status.split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+
+
+async def burst(url: str, request: bytes, count: int, connections: int) -> list[Reply]:
+    """Send a request `count` times over so many connections, on each without waiting for the answers."""
+    address = urlsplit(url)
+
+    async def ask(times: int) -> list[Reply]:
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(request * times)
+        replies = [await next_reply(reader) for _ in range(times)]
+        writer.close()
+        await writer.wait_closed()
+        return replies
+
+    return [
+        reply for replies in await asyncio.gather(*(ask(count // connections) for _ in range(connections))) for reply in replies
+    ]
 
 
 @contextmanager

@@ -29,19 +29,29 @@ def demo_twin() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "inferflux-tests"
     folder = cache / f"smollm2-135m-instruct-{gguf.revision or 'unknown'}-digits"
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=cache))
-        try:
-            _convert(Path(gguf.paths[0]), making)
-            os.rename(making, folder)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+        _make(Path(gguf.paths[0]), folder)
     return folder
 
 
 def twin_files() -> ModelFiles:
     """The twin as the path source finds it."""
     return PathSource().resolve(str(demo_twin()), SourceContext())
+
+
+def _make(gguf: Path, folder: Path) -> None:
+    """One process of several makes it while the others wait; a process that dies leaves no lock and no half folder."""
+    from filelock import FileLock  # torch depends on it
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return
+        making = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _convert(gguf, making)
+            os.rename(making, folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

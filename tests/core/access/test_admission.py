@@ -101,7 +101,8 @@ def outcome(admission: Admission, principal: Principal, model: str, action: Acti
     [
         (who("generate"), "acme-chat", "allow"),
         (who("admin"), "acme-chat", "allow"),  # this scope includes the others; the policy still has its say
-        (who("read"), "acme-chat", "model_not_found"),  # may neither use nor read it
+        (who("read"), "acme-chat", "insufficient_scope"),  # said before any model is looked for
+        (who("read"), "no-such-model", "insufficient_scope"),
         (who("read", roles=("user", "lister")), "acme-chat", "insufficient_scope"),
         (who("generate"), "acme-internal", "model_not_found"),
         (who("generate"), "globex-chat", "model_not_found"),

@@ -69,7 +69,7 @@ async def test_a_replacement_of_another_version_is_refused(stand: Stand) -> None
     await stand.store.start()
     version = stand.store.current.version
     with pytest.raises(PreconditionFailedError, match=r"is at version '.{16}', not '0000'"):
-        await stand.store.replace(DENY.encode(), "0000")
+        await stand.store.replace(b"not even a policy\n", "0000")
     # Somebody edits the file, and nobody has looked yet: nothing of theirs is lost.
     edited = "not yet a policy\n"
     stand.file.write_text(edited)
@@ -79,6 +79,21 @@ async def test_a_replacement_of_another_version_is_refused(stand: Stand) -> None
     # Who has seen that may overwrite it.
     await stand.store.replace(DENY.encode(), version_of(edited.encode()))
     assert stand.file.read_text() == DENY
+
+
+async def test_an_edit_while_a_replacement_is_tested_is_not_lost(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    await stand.store.start()
+    version = stand.store.current.version
+    compile_policy = Policy.compile
+
+    def meanwhile(text: bytes, source: str) -> Policy:
+        stand.file.write_text(BASE + "# by hand\n")
+        return compile_policy(text, source)
+
+    monkeypatch.setattr(Policy, "compile", meanwhile)
+    with pytest.raises(PreconditionFailedError):
+        await stand.store.replace(DENY.encode(), version)
+    assert (stand.file.read_text(), stand.store.current.version) == (BASE + "# by hand\n", version)
 
 
 async def test_of_two_replacements_at_once_one_wins(stand: Stand) -> None:

@@ -12,7 +12,7 @@ import pytest
 from core.access.policies import BASE, DENY, NEVER_S, Stand, rename_into, who
 from inferflux_core.access import policy_store
 from inferflux_core.access.policy_file import MAX_POLICY_BYTES, PolicyError
-from inferflux_core.access.policy_store import PolicyEvent
+from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
 from inferflux_core.access.rbac import Policy, version_of
 
 
@@ -250,6 +250,44 @@ async def test_a_bad_change_is_reported_once_and_the_watch_goes_on(stand: Stand)
     stand.file.write_text(DENY)
     assert (await stand.event()).kind == "reloaded"
     assert stand.events.empty()
+
+
+async def test_a_file_that_could_not_be_read_is_read_again_though_it_did_not_change(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await stand.make(0.01).start()
+    content = policy_store._content
+
+    def broken(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(policy_store, "_content", broken)
+    rename_into(stand.file, DENY)
+    assert str((await stand.event()).problems[0]) == "it cannot be read: Input/output error"
+    assert stand.allowed()
+    monkeypatch.setattr(policy_store, "_content", content)
+    assert (await stand.event()).kind == "reloaded"
+    assert not stand.allowed()
+
+
+async def test_what_is_still_being_written_is_not_taken(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is a policy by itself, and the first ones lack the deny."""
+    await stand.store.start()
+    parts = ["# one\n", "# two\n", "# three\n", "p, role:user, *, model/x, generate, deny\n"]
+    stand.file.write_text(BASE + parts.pop(0))
+    look = PolicyStore._look
+
+    def slowly(store: PolicyStore) -> object:
+        seen = look(store)
+        if parts:
+            with stand.file.open("a") as file:
+                file.write(parts.pop(0))
+        return seen
+
+    monkeypatch.setattr(PolicyStore, "_look", slowly)
+    assert (await stand.store.reload()).text == stand.file.read_bytes()
+    assert stand.events.qsize() == 1
+    assert not stand.allowed()
 
 
 async def test_decisions_never_flip_while_the_file_is_maltreated(stand: Stand) -> None:

@@ -162,6 +162,7 @@ def test_keys_of_one_role_share_their_decisions() -> None:
     policy = compiled(BASE + "".join(f"g, key:n{i}, role:user, acme\n" for i in range(50)))
     for i in range(50):
         assert policy.decide(who(f"key:n{i}"), "model/x", "generate").allowed
+        assert policy.decide(who(f"key:n{i}", "acme", f"undeclared{i}"), "model/x", "generate").allowed
     assert policy._decision.cache_info().misses == 1
     assert policy._enforcer.cache_info().currsize == 1
 

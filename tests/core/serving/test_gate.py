@@ -176,6 +176,7 @@ async def test_the_application_refuses_unguarded_and_wrongly_public_routes() -> 
         ("admin", "/metrics", 200, None),
         ("embedder", "/metrics", 403, "insufficient_scope"),
         ("nothing", "/healthz", 403, "insufficient_scope"),
+        ("only-tiny", "/metrics", 403, "policy_denied"),
         ("nothing", "/openapi.json", 403, "insufficient_scope"),
         ("alice", "/no/such/url", 404, None),
     ],
@@ -185,7 +186,7 @@ async def test_scopes_of_the_operations_routes(behind: Behind, badge: str, path:
     assert reply.status_code == status
     if status != 200:
         assert reply.json()["error"]["code"] == code
-    if status == 403:
+    if code == "insufficient_scope":
         assert reply.headers["www-authenticate"] == 'Bearer error="insufficient_scope", scope="read"'
 
 
@@ -198,6 +199,8 @@ async def test_models_are_listed_for_who_may_see_them(behind: Behind) -> None:
     assert await names("only-tiny") == ["tiny"]
     assert await names("embedder") == ["tiny", "secret"]
     assert await names("nothing") == []
+    health = await behind[2].get("/healthz", headers=bearer("only-tiny"))
+    assert [model["name"] for model in health.json()["models"]] == ["tiny"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ async def test_healthz() -> None:
                 "last_error": "died",
             },
         ],
+        "audit_log": "off",
     }
     views.pop()
     async with s.client() as client:

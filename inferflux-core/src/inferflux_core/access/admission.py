@@ -40,6 +40,9 @@ logger = logging.getLogger("inferflux.access")
 # Credentials that were accepted lately, so that a noisy neighbour behind the same address does not lock their holders out.
 _KNOWN_CREDENTIALS = 10_000
 
+# Objects that show all models at once, whatever a credential's list of models says.
+_ABOUT_ALL_MODELS = frozenset({"api/metrics", "api/models"})
+
 # Output tokens reserved at most for one choice. A request that draws more takes its bucket into debt: what is running is
 # never cut off, and the next request waits longer.
 RESERVED_OUTPUT_TOKENS = 1024
@@ -216,6 +219,8 @@ class Admission:
         name = obj.removeprefix("model/")
         if name != obj and principal.models is not None and not any(model_matches(p, name) for p in principal.models):
             return Decision(allowed=False, rule="the credential is not for this model", engine="models", version="")
+        if principal.models is not None and obj in _ABOUT_ALL_MODELS:
+            return Decision(allowed=False, rule="the credential is for some models only", engine="models", version="")
         if self._policy is None:
             return Decision(allowed=True, rule=None, engine="scopes", version="")
         begun = time.perf_counter()
@@ -240,7 +245,7 @@ class Admission:
         obj = f"model/{model}"
         if any(self.decide(principal, obj, action).allowed for action in ("generate", "embed", "read")):
             return True
-        return principal.models is None and self.decide(principal, "api/models", "read").allowed
+        return self.decide(principal, "api/models", "read").allowed
 
     def visible(self, principal: Principal, models: Sequence[ViewT_co]) -> list[ViewT_co]:
         """Those of the models that exist for this principal."""

@@ -195,13 +195,10 @@ class PolicyStore:
             return self.current
 
     async def _read_settled(self, look: _Look) -> tuple[_Look, tuple[bytes, bytes | None] | _UnreadableError]:
-        """Policy and tests, or why they cannot be read, once a look before reading and one after it show the same."""
+        """Policy and tests, or why they cannot be read, once they stayed the same from `SETTLE_S` before reading until after it."""
         read: tuple[bytes, bytes | None] | _UnreadableError
         for _ in range(_SETTLE_LOOKS):
             await asyncio.sleep(SETTLE_S)
-            before, look = look, await asyncio.to_thread(self._look)
-            if look != before:
-                continue
             try:
                 read = await asyncio.to_thread(self._read)
             except _UnreadableError as error:

@@ -139,7 +139,7 @@ class AccessServices:
         await self.limiter.close()
         if self.store is not None:
             self.store.close()
-        await self.audit.close()
+        await self.audit.close(AuditEvent(event="server.stop"))
 
 
 def _providers(settings: Settings, metrics: Metrics, registry: PluginRegistry | None) -> list[AuthProvider]:

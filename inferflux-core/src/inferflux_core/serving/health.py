@@ -10,8 +10,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from inferflux_core.access.audit.log import NoAudit
 from inferflux_core.serving.error_responses import json_response
-from inferflux_core.serving.guard import GuardedRoute, needs, public
+from inferflux_core.serving.guard import GuardedRoute, needs, principal_of, public
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
 from inferflux_core.serving.services import ModelView, Services
@@ -55,12 +56,16 @@ class ModelHealth(msgspec.Struct, frozen=True):
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Reply of `/healthz`; status is `ok`, `degraded` (some model is not ready) or `draining`."""
+    """Reply of `/healthz`; status is `ok`, `degraded` (a model is not ready, or the audit log not written) or `draining`.
+
+    `audit_log` is `off`, `ok` or `failing`.
+    """
 
     status: str
     version: str
     uptime_s: float
     models: list[ModelHealth]
+    audit_log: str
 
 
 def health_routes(services: Services) -> APIRouter:
@@ -86,9 +91,10 @@ def health_routes(services: Services) -> APIRouter:
 
     @router.get("/healthz", **documented(None, Health, errors=(401, 403)))
     @needs("api/health", "read")
-    async def healthz() -> Response:
-        """What the server and its models are doing, for people. Always 200; probes ask the other two."""
-        return json_response(encode(_health(services)))
+    async def healthz(request: Request) -> Response:
+        """What the server and those of its models are doing that this credential may see. Always 200; probes ask the others."""
+        views = services.access.admission.visible(principal_of(request.scope), services.models.list())
+        return json_response(encode(_health(services, views)))
 
     if services.settings.metrics.enabled:
 
@@ -110,12 +116,13 @@ def _readiness(services: Services, show_models: bool) -> Readiness:
     return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in shown])
 
 
-def _health(services: Services) -> Health:
-    views: Sequence[ModelView] = services.models.list()
-    ok = all(view.state == "ready" and view.making_progress for view in views)
+def _health(services: Services, views: Sequence[ModelView]) -> Health:
+    audit = services.access.audit
+    audit_log = "off" if isinstance(audit, NoAudit) else "ok" if audit.healthy else "failing"
+    ok = audit_log != "failing" and all(view.state == "ready" and view.making_progress for view in views)
     status = "draining" if services.state.draining else "ok" if ok else "degraded"
     uptime = round(time.monotonic() - services.state.started, 3)
-    return Health(status, VERSION, uptime, [_model_health(view) for view in views])
+    return Health(status, VERSION, uptime, [_model_health(view) for view in views], audit_log)
 
 
 def _model_health(view: ModelView) -> ModelHealth:

@@ -21,5 +21,5 @@ each        no record whose `record()` returned      the same
 interval    those still in the queue                 those of the last 100 ms as well
 never       those still in the queue                 what the system had not written, usually up to 30 s
 
-The queue holds a few milliseconds of records, and never more than `queue_size`.
+The queue is short while the disk keeps up, and never longer than `queue_size`.
 """

@@ -12,6 +12,7 @@ import click
 
 from inferflux_core.cli.admin.admin_client import ask
 from inferflux_core.cli.admin.values import Duration, given_limits, limit_options, words
+from inferflux_core.cli.api_errors import printable
 from inferflux_core.cli.server_options import Server, print_json, server_command
 from inferflux_core.cli.table import cell, print_table
 
@@ -251,7 +252,7 @@ def _print_secret(server: Server, key: dict[str, Any], quiet: bool) -> None:
         return
     click.echo(key["key"])
     if not quiet:
-        click.echo(f"Key {key['id']} ({key['name']}). It is shown this once: keep it in a safe place.", err=True)
+        click.echo(printable(f"Key {key['id']} ({key['name']}). It is shown this once: keep it in a safe place."), err=True)
 
 
 def _print_key(server: Server, key: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ import click
 
 from inferflux_core.cli.admin.admin_client import ask
 from inferflux_core.cli.admin.values import words
+from inferflux_core.cli.api_errors import printable
 from inferflux_core.cli.server_options import Server, print_json, server_command
-from inferflux_core.cli.table import cell, print_table
+from inferflux_core.cli.table import print_table
 
 PATH = "/v1/admin/models"
 
@@ -47,7 +48,7 @@ def list_models(server: Server, /) -> None:
     )
     for model in answer["data"]:
         if model["last_error"] is not None:
-            click.echo(f"{model['id']}: {cell(model['last_error'])}", err=True)
+            click.echo(printable(f"{model['id']}: {model['last_error']}"), err=True)
 
 
 @models.command()
@@ -102,11 +103,11 @@ def set_default(server: Server, /, model: str) -> None:
     if server.as_json:
         print_json(answer)
     else:
-        click.echo(f"{cell(answer['default_model'])} is the default model")
+        click.echo(printable(f"{answer['default_model']} is the default model"))
 
 
 def _print_status(server: Server, answer: dict[str, Any]) -> None:
     if server.as_json:
         print_json(answer)
     else:
-        click.echo(f"{cell(answer['id'])} is {cell(answer['status'])}")
+        click.echo(printable(f"{answer['id']} is {answer['status']}"))

@@ -71,7 +71,7 @@ def warm(server: Server, /, prompt: str | None, system: str | None, model: str |
         print_json(answer)
         return
     known = f", {answer['cached_tokens']} of them known before" if answer["cached_tokens"] else ""
-    click.echo(f"{cell(answer['model'])}: {answer['tokens']} tokens computed for tenant {cell(answer['tenant'])}{known}")
+    click.echo(printable(f"{answer['model']}: {answer['tokens']} tokens computed for tenant {answer['tenant']}{known}"))
 
 
 @click.group()

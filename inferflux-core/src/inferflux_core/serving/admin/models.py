@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from inferflux_core.config import served_name
-from inferflux_core.errors import ConfigError, InvalidRequestError, UnavailableError
+from inferflux_core.errors import ConfigError, DrainingError, InvalidRequestError, UnavailableError
 from inferflux_core.models.manager import ModelManager, ServedModel
 from inferflux_core.serving.admin.body import AdminBodyReader
 from inferflux_core.serving.admin.record import record
@@ -156,6 +156,8 @@ def model_routes(services: Services) -> APIRouter:
     async def load_model(request: Request) -> Response:
         """Load a model beside the others. 202 while it is loading; with `wait`, 200 when it is ready or 400 `load_failed`."""
         body = await reader.read(request, LoadBody)
+        if services.state.draining:
+            raise DrainingError("The server is shutting down and loads no more models.")
         manager, settings = manager_of(services), body.settings()
         try:
             model = manager.add(settings)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.key_records import key_principal
+from inferflux_core.access.key_records import Roles, Tenant, key_principal
 from inferflux_core.access.policy_cases import read_cases, run_cases
 from inferflux_core.access.policy_explain import Explanation
 from inferflux_core.access.policy_file import PolicyError, Problem
@@ -51,10 +51,12 @@ class PolicyTestBody(Group):
 class ExplainBody(Group):
     """Who would do what. Exactly one of `key` and `subject`."""
 
-    key: str | None = Field(None, description="Id of an API key of this server.")
-    subject: str | None = Field(None, description="`user:<issuer>|<sub>` or `key:<id>`, as the audit log has it.")
-    roles: frozenset[str] = Field(frozenset(), description="Roles that the subject's credential brings, without `role:`.")
-    tenant: str = Field("default", description="The subject's tenant.")
+    key: Annotated[str, Field(max_length=64)] | None = Field(None, description="Id of an API key of this server.")
+    subject: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(
+        None, description="`user:<issuer>|<sub>` or `key:<id>`, as the audit log has it."
+    )
+    roles: Roles = Field(frozenset(), description="Roles that the subject's credential brings, without `role:`.")
+    tenant: Tenant = Field("default", description="The subject's tenant.")
     object: Annotated[str, Field(min_length=1, max_length=512)] = Field(description="`model/<name>` or `api/<group>`.")
     action: Action = Field(description="`generate`, `embed`, `read` or `admin`.")
 
