@@ -1,20 +1,26 @@
-"""A real server with API keys, a policy and an audit log, and clients of different worth."""
+"""A real server with API keys, a policy and an audit log, and clients of different worth; and one without a network."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from starlette.types import ASGIApp, Message
 
+from core.serving.scripted import FakeModel, FakeModels, Stand, stand
 from inferflux_core.access.api_key_settings import ApiKeySettings
 from inferflux_core.access.key_records import KeyRecord, NewKey
 from inferflux_core.access.key_ring import KeyRing, open_keys
+from inferflux_core.access.services import AccessServices
+from inferflux_core.plugins import load_plugins
+from inferflux_core.settings import Settings
+from inferflux_core.telemetry.metrics import Metrics
 from served import ServedInferFlux, serving
 
 POLICY = """\
@@ -149,9 +155,81 @@ def api_server(folder: Path, *, fake: dict[str, object] | None = None, **setting
         **settings,
     }
     (folder / "inferflux.yaml").write_text(json.dumps(configuration))
-    with serving("--config", str(folder / "inferflux.yaml"), cwd=folder) as served:
-        with httpx.Client(base_url=served.url, timeout=30) as client:
-            there = ApiServer(served, client, state)
-            _, there.user = there.new_key("user")
-            _, there.admin = there.new_key("boss", scopes=frozenset({"admin"}), tenant="ops")
-            yield there
+    with (
+        serving("--config", str(folder / "inferflux.yaml"), cwd=folder) as served,
+        httpx.Client(base_url=served.url, timeout=30) as client,
+    ):
+        there = ApiServer(served, client, state)
+        _, there.user = there.new_key("user")
+        _, there.admin = there.new_key("boss", scopes=frozenset({"admin"}), tenant="ops")
+        yield there
+
+
+@dataclass
+class InProcess:
+    """An application with real keys and a pipeline that answers whatever comes to it.
+
+    Attributes:
+        runner: of the loop that it lives in.
+        key: of everybody's use of the models.
+        admin: of an administrator.
+    """
+
+    stand: Stand
+    runner: asyncio.Runner
+    key: str
+    admin: str
+
+    def ask(self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes = b"") -> int:
+        """The status of the reply to a request with exactly these headers."""
+        return self.runner.run(_status(self.stand.app, method, path, headers, body))
+
+
+@contextmanager
+def in_process(folder: Path) -> Iterator[InProcess]:
+    """Nobody is made to wait after failures, and no policy adds to what a key says."""
+    auth = {"providers": ["api_keys"], "max_failures_per_minute": 10**9}
+    settings = Settings.model_validate({"state_dir": folder / "state", "auth": auth, "audit": {"enabled": False}})
+    metrics = Metrics()
+    with asyncio.Runner() as runner:
+        access = AccessServices.open(settings, metrics, load_plugins())
+        try:
+            assert access.keys is not None
+            _, key = runner.run(access.keys.create(NewKey(name="user")))
+            _, admin = runner.run(access.keys.create(NewKey(name="admin", scopes=frozenset({"admin"}))))
+            models = FakeModels([FakeModel("tiny")])
+            yield InProcess(stand(models=models, settings=settings, access=access, metrics=metrics), runner, key, admin)
+        finally:
+            runner.run(access.close())
+
+
+async def _status(app: ASGIApp, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> int:
+    sent: list[Message] = []
+    requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if requests:
+            return requests.pop()
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"127.0.0.1"), *headers],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    await app(scope, receive, send)
+    status: int = sent[0]["status"]
+    return status

@@ -288,7 +288,7 @@ async def test_44_nothing_that_happens_to_the_file_flips_a_decision(server: Acce
         written = time.monotonic()
         put(server.policy, FLIPPED)
         async with asyncio.timeout(10):
-            while not any(answer[3] != DECISIONS[answer[2]] for answer in seen.answers[-20:]):
+            while not any(answer[3] != DECISIONS[answer[2]] for answer in seen.answers[-20:]):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
     flipped = seen.unlike(DECISIONS)

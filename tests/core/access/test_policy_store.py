@@ -180,6 +180,18 @@ async def test_changed_tests_alone_test_the_policy_again(stand: Stand) -> None:
     assert await stand.refused() == ["the test file is missing; restore it, or restart without it"]
 
 
+async def test_a_policy_that_cannot_be_compiled_is_refused(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    await stand.store.start()
+
+    def broken(text: bytes, source: str) -> Policy:
+        raise RuntimeError("role:user")
+
+    monkeypatch.setattr(Policy, "compile", broken)
+    stand.file.write_text(DENY)
+    assert await stand.refused() == ["it cannot be compiled, through no fault of its own: RuntimeError"]
+    assert stand.allowed()
+
+
 async def test_a_storm_of_reloads_is_one_or_two(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     await stand.store.start()
     compile_policy = Policy.compile

@@ -151,7 +151,7 @@ class PolicyStore:
             candidate = await asyncio.to_thread(lambda: self._candidate(text, self._read_tests()))
             await asyncio.to_thread(self._write, text, expected_version)
             self._take(candidate, None)  # the next look reads the file again, whoever wrote it
-            return candidate.policy
+            return self.current
 
     async def dry_run(self, text: bytes) -> Policy:
         """Compile a policy and run the tests, and change nothing.
@@ -195,7 +195,7 @@ class PolicyStore:
             return self.current
 
     async def _read_settled(self, look: _Look) -> tuple[_Look, tuple[bytes, bytes | None] | _UnreadableError]:
-        """Policy and tests, or why they cannot be read, once they stayed the same from `SETTLE_S` before reading until after it."""
+        """Policy and tests, or why they cannot be read, once they stay the same from `SETTLE_S` before until after reading."""
         read: tuple[bytes, bytes | None] | _UnreadableError
         for _ in range(_SETTLE_LOOKS):
             await asyncio.sleep(SETTLE_S)
@@ -262,7 +262,14 @@ class PolicyStore:
 
     def _candidate(self, text: bytes, tests: bytes | None) -> _Candidate:
         """A policy that is good and passes its tests. Raises PolicyError."""
-        policy = Policy.compile(text, str(self._file))
+        try:
+            policy = Policy.compile(text, str(self._file))
+        except PolicyError:
+            raise
+        except Exception as error:
+            logger.error("compiling the policy failed: %s\n%s", type(error).__name__, frames_of(error))
+            cause = Problem(None, f"it cannot be compiled, through no fault of its own: {type(error).__name__}")
+            raise PolicyError(str(self._file), [cause]) from None
         file = self._tests_file()
         failures = [] if tests is None else run_cases(policy, read_cases(tests, str(file)))
         if failures:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
 from inferflux_core.access.admission import Admission
 from inferflux_core.access.api_keys import ApiKeyProvider
 from inferflux_core.access.audit.events import AuditEvent
@@ -18,7 +20,7 @@ from inferflux_core.access.key_ring import KeyRing
 from inferflux_core.access.limits import Limiter, LimitRules, LimitTable, make_limiter
 from inferflux_core.access.policy_file import PolicyError
 from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
-from inferflux_core.access.store import AccessStore
+from inferflux_core.access.store import AccessStore, Document
 from inferflux_core.errors import ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider
 from inferflux_core.plugins import PluginRegistry
@@ -119,7 +121,7 @@ class AccessServices:
             for provider in self.providers:
                 await provider.start()
             if self.store is not None and (document := await self.store.get_document(LIMITS_DOCUMENT)) is not None:
-                self.limit_rules.replace(LimitTable.model_validate(document.value))
+                self.limit_rules.replace(_table(document))
         except BaseException:
             await self.close()
             raise
@@ -172,6 +174,13 @@ def metadata_url(public_url: str) -> str:
     """Where the metadata of a resource is: the well-known path goes between its host and its own path (RFC 9728, 3.1)."""
     parts = urlsplit(public_url)
     return f"{parts.scheme}://{parts.netloc}{METADATA_PATH}{parts.path.rstrip('/')}"
+
+
+def _table(document: Document) -> LimitTable:
+    try:
+        return LimitTable.model_validate(document.value)
+    except ValidationError as error:
+        raise ConfigError(f"the limits in the key store are not valid, were they written by another version?\n{error}") from error
 
 
 def _policy_changed(event: PolicyEvent, metrics: Metrics, audit: AuditLog | NoAudit) -> None:

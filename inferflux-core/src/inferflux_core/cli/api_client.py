@@ -87,6 +87,13 @@ class ApiClient:
             raise ApiError(f"{self.url}/v1/models has no list of models. Is it an OpenAI-compatible server?")
         return [_model_card(entry) for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
+    def request(
+        self, method: str, path: str, content: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
+        """The answer to any request, whatever its status is. Raises ApiError if there is none."""
+        with self._mapped_errors():
+            return self._http.request(method, self.url + path, content=content, headers=headers)
+
     def get(self, path: str) -> tuple[int, bytes]:
         """The status and body of a GET, whatever the status is."""
         with self._mapped_errors():

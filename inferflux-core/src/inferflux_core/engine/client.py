@@ -215,6 +215,11 @@ class EngineClient(ABC):
             self._send_abort(alive)
 
     @property
+    def num_requests(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._streams)
+
+    @property
     def making_progress(self) -> bool:
         """False when there is work and no step has come back for a long time."""
         return not self._streams or time.monotonic() - self._last_progress < PROGRESS_SECONDS

@@ -94,7 +94,7 @@ class ServedModel:
     @property
     def is_idle(self) -> bool:
         """Whether its engine has no request, running or waiting."""
-        return self.engine is None or not self.engine._streams
+        return self.engine is None or self.engine.num_requests == 0
 
     def ready_engine(self) -> EngineClient:
         """Raises ModelLoadingError unless requests are taken now."""

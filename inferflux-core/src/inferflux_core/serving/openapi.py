@@ -27,13 +27,17 @@ _ERRORS = {
     401: "The request has no valid credential.",
     403: "The credential may not do this.",
     404: "There is no such model.",
+    409: "It is there already, or cannot be changed in this state.",
+    412: "Somebody else wrote in between (If-Match).",
     413: "The body is too large.",
     415: "The body is not JSON.",
+    428: "A write needs If-Match.",
     429: "A quota is used up.",
     500: "The server failed.",
     503: "The server or the model cannot take the request now.",
     504: "The request took too long.",
 }
+_OF_CHANGES = (409, 412, 428)
 _ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
@@ -57,6 +61,7 @@ def documented(
     *replies: type[msgspec.Struct],
     streams: bool = False,
     errors: Sequence[int] | None = None,
+    changes: bool = False,
     statuses: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Arguments of a route that describe it.
@@ -66,6 +71,7 @@ def documented(
         replies: what it sends as JSON, one of these; none for plain text.
         streams: it may send server-sent events instead.
         errors: statuses with a four-key error body; by default all that a route with a body can have.
+        changes: it changes something that has a version, so that it can also fail over that.
         statuses: further statuses with the same body as success.
     """
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
@@ -79,7 +85,8 @@ def documented(
         for status in (200, *statuses)
     }
     error_content = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
-    for status in _ERRORS if errors is None else errors:
+    default = [status for status in _ERRORS if changes or status not in _OF_CHANGES]
+    for status in default if errors is None else errors:
         responses[str(status)] = {"description": _ERRORS[status], "content": error_content}
     extra: dict[str, Any] = {"responses": responses, _SCHEMAS: components}
     if body is not None:

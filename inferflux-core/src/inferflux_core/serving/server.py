@@ -159,6 +159,9 @@ class Server:
             # The web framework takes a while to import; meanwhile the engine processes load.
             await asyncio.to_thread(importlib.import_module, "inferflux_core.serving.app")
             async with self._access() as (access, metrics):
+                from inferflux_core.serving.admin.routing import restore_routing
+
+                await restore_routing(access.store, self._models)
                 return await self._serve(loading, access, metrics)
         finally:
             loading.cancel()

@@ -25,7 +25,7 @@ class ModelView(Protocol):
         name: canonical name.
         aliases: further names that lead to this model.
         is_default: whether requests that name no model go here.
-        state: `loading`, `ready`, `restarting` or `failed`.
+        state: `loading`, `ready`, `restarting`, `failed` or `unloading`.
         created: Unix seconds at which the server was told about it.
         backend: name of the backend that serves it.
         max_model_len: most tokens of one sequence; None until it is loaded.

@@ -27,6 +27,7 @@ from inferflux_core.serving.pipeline import Pipeline
 from inferflux_core.serving.services import ServerState, Services
 from inferflux_core.telemetry.metrics import Metrics
 
+REGISTRY = load_plugins()
 POLICY = """\
 role, boss
 role, user
@@ -127,7 +128,7 @@ async def administered(tmp_path: Path, **settings: Any) -> AsyncIterator[Adminis
         **settings,
     }
     loaded = load_settings(overrides=overrides, environ={})
-    configured, registry, metrics = loaded.settings, load_plugins(), Metrics()
+    configured, registry, metrics = loaded.settings, REGISTRY, Metrics()
 
     def engine(name: str, spec: EngineSpec) -> EngineClient:
         return InProcessEngineClient(name, spec, configured.engine, registry)

@@ -47,8 +47,7 @@ def ask(
     elif body is not None:
         headers["content-type"] = _JSON
         content = msgspec.json.encode(body)
-    with client._mapped_errors():
-        response = client._http.request(method, client.url + path, content=content, headers=headers)
+    response = client.request(method, path, content, headers)
     if response.status_code not in (200, 202):
         raise _error(client.url, path, response.status_code, response.content, response.headers.get("retry-after"))
     try:

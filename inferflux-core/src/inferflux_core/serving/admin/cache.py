@@ -109,7 +109,7 @@ def cache_routes(services: Services) -> APIRouter:
         """How often prompts were found in the prefix cache, by model."""
         return tagged(encode(CacheReply([_shown(view, enabled) for view in services.models.list()])))
 
-    @router.post(WARM, **documented(WarmBody, WarmReply))
+    @router.post(WARM, **documented(WarmBody, WarmReply, changes=True))
     @needs("api/cache", "admin")
     async def warm_cache(request: Request) -> Response:
         """Compute a prefix, so that the tenant's requests that begin with it need not. Goes the way of every request: it is

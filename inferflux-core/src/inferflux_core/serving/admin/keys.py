@@ -96,7 +96,7 @@ def key_routes(services: Services) -> APIRouter:
         """All keys, the oldest first. Those of the configuration file are not among them."""
         return tagged(encode({"object": "list", "data": [key_public(key) for key in await ring().list()]}))
 
-    @router.post(PATH, **documented(NewKey, KeyWithSecret))
+    @router.post(PATH, **documented(NewKey, KeyWithSecret, changes=True))
     @needs("api/keys", "admin")
     async def create_key(request: Request) -> Response:
         """Make a key. The answer has the whole key, which is shown this once."""
@@ -110,7 +110,7 @@ def key_routes(services: Services) -> APIRouter:
         """One key."""
         return _shown(await ring().get(key_id))
 
-    @router.patch(ONE, **documented(KeyChange, KeyObject))
+    @router.patch(ONE, **documented(KeyChange, KeyObject, changes=True))
     @needs("api/keys", "admin")
     async def update_key(request: Request, key_id: str) -> Response:
         """Change what the body names; `null` for models, limits or expires_at removes them. Needs If-Match."""
@@ -122,7 +122,7 @@ def key_routes(services: Services) -> APIRouter:
         await record(services, request, "key.updated", changed=sorted(change.model_fields_set), **_recorded(key))
         return _shown(key)
 
-    @router.post(ONE + "/rotate", **documented(RotateBody, KeyWithSecret))
+    @router.post(ONE + "/rotate", **documented(RotateBody, KeyWithSecret, changes=True))
     @needs("api/keys", "admin")
     async def rotate_key(request: Request, key_id: str) -> Response:
         """Give a key a new secret; the old one stays valid for `overlap_s` seconds. If-Match is honoured, not needed."""
@@ -132,7 +132,7 @@ def key_routes(services: Services) -> APIRouter:
         await record(services, request, "key.rotated", overlap_ms=int(body.overlap_s * 1000), **_recorded(key))
         return _shown(key, secret)
 
-    @router.delete(ONE, **documented(None, KeyObject))
+    @router.delete(ONE, **documented(None, KeyObject, changes=True))
     @needs("api/keys", "admin")
     async def revoke_key(request: Request, key_id: str) -> Response:
         """Make a key invalid for ever, within a second. Twice is no error. If-Match is honoured, not needed."""

@@ -79,7 +79,7 @@ def limit_routes(services: Services) -> APIRouter:
         """The quotas in force."""
         return tagged(encode(rules.table.model_dump(mode="json")), await document.version())
 
-    @router.put(PATH, **documented(LimitTable, LimitsReply))
+    @router.put(PATH, **documented(LimitTable, LimitsReply, changes=True))
     @needs("api/limits", "admin")
     async def replace_limits(request: Request) -> Response:
         """Put other quotas in force from the next request on; what was used so far stays counted. Needs If-Match."""
@@ -93,7 +93,7 @@ def limit_routes(services: Services) -> APIRouter:
         """The two limits a minute of `default`, as the first InferFlux had them."""
         return _rate_limit(rules.table, await document.version())
 
-    @router.put(OLD_PATH, **documented(RateLimitBody, RateLimitReply))
+    @router.put(OLD_PATH, **documented(RateLimitBody, RateLimitReply, changes=True))
     @needs("api/limits", "admin")
     async def change_rate_limit(request: Request) -> Response:
         """Change what the body names, and nothing else. If-Match is honoured, not needed."""

@@ -151,7 +151,7 @@ def model_routes(services: Services) -> APIRouter:
         """All models, those that failed too, and why."""
         return tagged(encode(AdminModels([_shown(model) for model in manager_of(services).list()])))
 
-    @router.post(PATH, **documented(LoadBody, ModelStatus, statuses=(202,)))
+    @router.post(PATH, **documented(LoadBody, ModelStatus, statuses=(202,), changes=True))
     @needs("api/models", "admin")
     async def load_model(request: Request) -> Response:
         """Load a model beside the others. 202 while it is loading; with `wait`, 200 when it is ready or 400 `load_failed`."""
@@ -175,19 +175,19 @@ def model_routes(services: Services) -> APIRouter:
             raise _load_failed(settings, reason)
         return tagged(encode(ModelStatus(model.state, model.name)))
 
-    @router.delete(PATH, **documented(ModelId, ModelStatus))
+    @router.delete(PATH, **documented(ModelId, ModelStatus, changes=True))
     @needs("api/models", "admin")
     async def unload_model_of_body(request: Request) -> Response:
         """Unload the model that the body names."""
         return await unload(request, (await reader.read(request, ModelId)).id)
 
-    @router.delete(PATH + "/{model_id:path}", **documented(None, ModelStatus))
+    @router.delete(PATH + "/{model_id:path}", **documented(None, ModelStatus, changes=True))
     @needs("api/models", "admin")
     async def unload_model(request: Request, model_id: str) -> Response:
         """Unload a model: it takes no more requests, and those it has get `server.drain_timeout_s`. Not the default one."""
         return await unload(request, model_id)
 
-    @router.put(PATH + "/default", **documented(ModelId, DefaultModel))
+    @router.put(PATH + "/default", **documented(ModelId, DefaultModel, changes=True))
     @needs("api/models", "admin")
     async def set_default_model(request: Request) -> Response:
         """Make a ready model the one for requests that name none."""

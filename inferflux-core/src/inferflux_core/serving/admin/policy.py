@@ -144,7 +144,7 @@ def policy_routes(services: Services) -> APIRouter:
         """The policy in force, with its version."""
         return shown()
 
-    @router.put(PATH, **documented(PolicyBody, PolicyReply))
+    @router.put(PATH, **documented(PolicyBody, PolicyReply, changes=True))
     @needs("api/policy", "admin")
     async def replace_policy(request: Request) -> Response:
         """Put a policy in force and into the file, as it was sent; both or neither. It must pass the server's tests. Needs
@@ -162,7 +162,7 @@ def policy_routes(services: Services) -> APIRouter:
         )
         return shown()
 
-    @router.post(PATH + "/check", **documented(PolicyBody, CheckReply))
+    @router.post(PATH + "/check", **documented(PolicyBody, CheckReply, changes=True))
     @needs("api/policy", "admin")
     async def check_policy(request: Request) -> Response:
         """What is wrong with a candidate, whether it passes the server's tests, and what it would change. Changes nothing."""
@@ -181,7 +181,7 @@ def policy_routes(services: Services) -> APIRouter:
             encode(CheckReply(ok=ok, version=version_of(text), problems=_problems(problems), added=added, removed=removed))
         )
 
-    @router.post(PATH + "/test", **documented(PolicyTestBody, PolicyTestReply))
+    @router.post(PATH + "/test", **documented(PolicyTestBody, PolicyTestReply, changes=True))
     @needs("api/policy", "admin")
     async def test_policy(request: Request) -> Response:
         """Run test cases against the policy in force or a candidate. Changes nothing."""
@@ -197,7 +197,7 @@ def policy_routes(services: Services) -> APIRouter:
             raise _refused(error) from None
         return tagged(encode(PolicyTestReply(ok=not failures, version=policy.version, cases=count, failures=failures)))
 
-    @router.post(PATH + "/explain", **documented(ExplainBody, ExplainReply))
+    @router.post(PATH + "/explain", **documented(ExplainBody, ExplainReply, changes=True))
     @needs("api/policy", "admin")
     async def explain_policy(request: Request) -> Response:
         """Why a request would be allowed or denied."""
@@ -215,7 +215,7 @@ def policy_routes(services: Services) -> APIRouter:
         )
         return tagged(encode(reply))
 
-    @router.post(PATH + "/reload", **documented(None, PolicyReply))
+    @router.post(PATH + "/reload", **documented(None, PolicyReply, changes=True))
     @needs("api/policy", "admin")
     async def reload_policy(request: Request) -> Response:
         """Look at the file now. One that is not good is refused with 400, and the policy in force stays."""

@@ -89,7 +89,7 @@ def routing_routes(services: Services) -> APIRouter:
         """The rules in force."""
         return shown(await document.version())
 
-    @router.put(PATH, **documented(RoutingBody, RoutingReply))
+    @router.put(PATH, **documented(RoutingBody, RoutingReply, changes=True))
     @needs("api/routing", "admin")
     async def replace_routing(request: Request) -> Response:
         """Put other rules in force, from the next request on. Needs If-Match."""
