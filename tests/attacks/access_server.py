@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,21 +137,23 @@ async def next_reply(reader: asyncio.StreamReader) -> Reply:
     return Reply(int(status.split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
 
 
-async def burst(url: str, request: bytes, count: int, connections: int) -> list[Reply]:
-    """Send a request `count` times over so many connections, on each without waiting for the answers."""
+async def burst(url: str, requests: Sequence[bytes], connections: int) -> list[Reply]:
+    """Send requests over so many connections, on each ten before the answer to the first is waited for."""
     address = urlsplit(url)
 
-    async def ask(times: int) -> list[Reply]:
+    async def ask(share: Sequence[bytes]) -> list[Reply]:
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        writer.write(request * times)
-        replies = [await next_reply(reader) for _ in range(times)]
+        replies = []
+        for start in range(0, len(share), 10):
+            ten = share[start : start + 10]
+            writer.write(b"".join(ten))
+            replies += [await next_reply(reader) for _ in ten]
         writer.close()
         await writer.wait_closed()
         return replies
 
-    return [
-        reply for replies in await asyncio.gather(*(ask(count // connections) for _ in range(connections))) for reply in replies
-    ]
+    shares = await asyncio.gather(*(ask(requests[number::connections]) for number in range(connections)))
+    return [reply for share in shares for reply in share]
 
 
 @contextmanager

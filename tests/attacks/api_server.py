@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ class ApiServer:
     served: ServedInferFlux
     client: httpx.Client
     state: Path
-    user: str = ""
-    admin: str = ""
+    user: str = field(default="", repr=False)
+    admin: str = field(default="", repr=False)
 
     @property
     def url(self) -> str:
@@ -177,8 +177,8 @@ class InProcess:
 
     stand: Stand
     runner: asyncio.Runner
-    key: str
-    admin: str
+    key: str = field(repr=False)
+    admin: str = field(repr=False)
 
     def ask(self, method: str, path: str, headers: Sequence[tuple[bytes, bytes]], body: bytes = b"") -> int:
         """The status of the reply to a request with exactly these headers."""

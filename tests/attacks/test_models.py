@@ -117,7 +117,6 @@ def test_24_a_list_of_models_in_the_credential_hides_the_others_whatever_the_rol
         "./open",
         "open/",
         "open%00",
-        "a%0Ab",
         "Open",
         "%D0%BEpen",
         "%ff%fe",
@@ -141,6 +140,14 @@ def test_24_names_in_the_path(server: ApiServer, target: str) -> None:
     }
     if target in ("secret", "hidden"):
         assert reply.error["message"].replace(target, ABSENT) == absent.error["message"]
+
+
+def test_24_a_line_break_in_the_path_is_no_name_at_all(server: ApiServer) -> None:
+    """No route takes one, so that this 404 is of the URL, whatever models there are."""
+    for target in ("a%0Ab", "open%0A", "secret%0A"):
+        reply = ask(server.url, head("GET", f"/v1/models/{target}", f"Authorization: Bearer {server.user}"))
+        assert (reply.status, reply.error["code"]) == (404, None)
+        assert reply.error["message"].startswith("Unknown URL")
 
 
 def test_24_names_that_are_allowed_lead_to_the_one_model(server: ApiServer) -> None:
@@ -213,7 +220,7 @@ def test_70_hostile_names_and_paths_stay_within_their_line(server: ApiServer) ->
     until(lambda: len(new_records()) >= 4 * len(hostile))
     records = [json.loads(line) for line in new_records()]
     assert len(records) == 4 * len(hostile)
-    assert {record["event"] for record in records} == {"policy.denied", "request.completed", "auth.failed"} - {"policy.denied"}
+    assert {record["event"] for record in records} == {"request.completed", "auth.failed"}
     assert [r["model_requested"] for r in records if "model_requested" in r] == hostile
     for line in new_records():
         assert not {*range(32), 127}.intersection(line)
@@ -241,7 +248,7 @@ def test_71_names_that_clients_make_up_make_no_metric(server: ApiServer) -> None
     for name in ("m0", "m1"):
         ask_for(name)
     before = series()
-    for number in range(100):
+    for number in range(40):
         ask_for(f"made-up-{number}")
     assert series() == before
     assert not any("made-up" in name for name in before)

@@ -427,11 +427,14 @@ def test_the_example_file_is_valid_and_mentions_every_setting() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"auth": {"providers": ["api_key"]}}, "auth.providers: no installed plugin registers an auth provider named 'api_key'"),
+        (
+            {"auth": {"providers": ["api_key"]}},
+            "auth.providers: no installed plugin registers an auth provider named 'api_key'",
+        ),
         ({"auth": {"providers": ["api_keys", "api_keys"]}}, "auth.providers: a name stands there twice; remove one"),
         (
             {"auth": {"settings": {"api_keys": {}}}},
-            "auth.settings.api_keys: there are settings, but auth.providers does not name 'api_keys'; add it there",
+            "auth.settings.api_keys: there are settings, but auth.providers has no 'api_keys'; add it there",
         ),
         (
             {"auth": {"providers": ["api_keys"]}, "server": {"insecure_no_auth": True}},

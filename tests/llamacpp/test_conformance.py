@@ -16,7 +16,7 @@ TOKENIZER = LlamaCppBackend(LlamaCppSettings()).tokenizer(FILES)
 
 
 class LlamaCppConformance(BackendConformance):
-    settings = LlamaCppSettings(n_threads=2)
+    settings = LlamaCppSettings(n_threads=1)
     output_tokens = 8
     logprob_noise = 0.5  # seen: up to 0.2 between a batch of one and a batch of four
 
@@ -32,8 +32,8 @@ class TestPerStream(LlamaCppConformance):
 
 
 class TestUnified(LlamaCppConformance):
-    settings = LlamaCppSettings(n_threads=2, kv_layout="unified")
+    settings = LlamaCppSettings(n_threads=1, kv_layout="unified")
 
 
 class TestRetainedStreams(LlamaCppConformance):
-    settings = LlamaCppSettings(n_threads=2, retained_streams=3, flash_attn="off")
+    settings = LlamaCppSettings(n_threads=1, retained_streams=3, flash_attn="off")

@@ -99,8 +99,8 @@ def inferflux_backends() -> Iterable[Registration[Backend]]:
 
 
 def _api_keys(settings: BaseModel, context: AuthContext) -> AuthProvider:
-    from inferflux_core.access.api_keys import ApiKeyProvider
     from inferflux_core.access.api_key_settings import ApiKeySettings
+    from inferflux_core.access.api_keys import ApiKeyProvider
 
     assert isinstance(settings, ApiKeySettings)
     return ApiKeyProvider(settings, context)

@@ -176,7 +176,7 @@ def _access_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
             problems.append(f"auth.providers: {error}")
     for name in auth.settings:
         if name not in auth.providers:
-            problems.append(f"auth.settings.{name}: there are settings, but auth.providers does not name {name!r}; add it there")
+            problems.append(f"auth.settings.{name}: there are settings, but auth.providers has no {name!r}; add it there")
     if len(set(auth.providers)) < len(auth.providers):
         problems.append("auth.providers: a name stands there twice; remove one")
     if auth.providers and settings.server.insecure_no_auth:

@@ -71,10 +71,10 @@ class AuthContext:
 class AuthProvider(ABC):
     """Turns credentials of one kind into principals. Called in the server's event loop."""
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027  # most have nothing to do here
         """Get ready. Raises ConfigError if it can never work as configured; what may come back later is no reason."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  # as above
         """Free what `start` took."""
 
     @abstractmethod

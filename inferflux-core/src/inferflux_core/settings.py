@@ -176,18 +176,18 @@ class Limits(Group):
     tpm: int | None = Field(None, ge=1, description="Tokens a minute, prompt and output; also how many may come at once.")
     concurrency: int | None = Field(None, ge=1, description="Requests being answered at one time.")
     daily_tokens: int | None = Field(None, ge=1, description="Tokens a day (UTC), prompt and output.")
-    max_tokens: int | None = Field(None, ge=1, description="Most output tokens of one choice; a request for more gets this many.")
+    max_tokens: int | None = Field(None, ge=1, description="Most output tokens of one choice; who asks for more gets these.")
 
 
 class AuthSettings(Group):
     """Who may call. Without a provider everyone who reaches the server may use the models, and nobody the admin API."""
 
     providers: tuple[str, ...] = Field(
-        (), description="Names of auth providers, in the order in which they are asked whose a credential is: `api_keys`, `oidc`."
+        (), description="Names of auth providers, asked in this order whose a credential is: `api_keys`, `oidc`."
     )
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Settings of each provider by its name.")
     max_failures_per_minute: int = Field(
-        20, ge=1, description="Failed authentications of one client address a minute; then 429 without looking at the credential."
+        20, ge=1, description="Failed authentications of one client address a minute; then 429 whatever is sent."
     )
 
 
@@ -198,23 +198,28 @@ class PolicySettings(Group):
         None, description="Policy file (CSV). Null: what a credential's scopes and model list allow is allowed."
     )
     tests: Path | None = Field(
-        None, description="Test cases that a policy must pass before it is taken; by default `tests.csv` beside it, if it exists."
+        None, description="Cases that a policy must pass before it is taken; by default `tests.csv` beside it, if there is one."
     )
     reload_interval_s: float = Field(1.0, gt=0, description="Seconds between looks at the file for a change.")
 
 
-class LimitSettings(Group):
-    """Quotas. Those of a key come on top of those of its tenant and of the model; the tightest counts."""
+class LimitTable(Group):
+    """The quotas that are not a credential's own. `*` in a table stands for all names that it does not hold, each by itself."""
 
     default: Limits = Field(default_factory=Limits, description="Of each key or user that has no limits of its own.")
-    tenants: dict[str, Limits] = Field(default_factory=dict, description="Of all of a tenant together, by its name; `*` others.")
-    models: dict[str, Limits] = Field(default_factory=dict, description="Of all use of a model together, by its name; `*` others.")
+    tenants: dict[str, Limits] = Field(default_factory=dict, description="Of a whole tenant, by its name; `*` for others.")
+    models: dict[str, Limits] = Field(default_factory=dict, description="Of all use of a model, by its name; `*` for others.")
+
+
+class LimitSettings(LimitTable):
+    """Quotas. Those of a key come on top of those of its tenant and of the model; the tightest counts."""
+
     store: Literal["memory", "redis"] = Field("memory", description="`redis` shares the counts among replicas.")
     redis_url: SecretStr | None = Field(None, description="`redis://host:port/db` or `rediss://...`.")
     redis_prefix: str = Field("inferflux", description="Begins the name of every Redis key.")
-    replicas: int = Field(1, ge=1, description="Servers that share the limits; each takes its part while Redis cannot be reached.")
+    replicas: int = Field(1, ge=1, description="Servers that share the limits; each takes its part while Redis is away.")
     on_store_error: Literal["local", "deny", "allow"] = Field(
-        "local", description="While Redis cannot be reached: count here with each limit divided by `replicas`, answer 503, or allow."
+        "local", description="While Redis is away: count here with each limit divided by `replicas`, answer 503, or allow."
     )
 
 
@@ -240,8 +245,8 @@ class AuditSettings(Group):
     max_file_bytes: int = Field(256 * 1024 * 1024, ge=4096, description="Size at which a new file is begun.")
     content: Literal["none", "hash", "redacted", "full"] = Field(
         "none",
-        description="What is kept of prompts: nothing, a keyed hash, the text with what looks like a credential, an address or a "
-        "number of a person blacked out, or the text.",
+        description="What is kept of prompts: nothing, a keyed hash, the text with what looks like a credential, an address or "
+        "a number of a person blacked out, or the text.",
     )
 
 

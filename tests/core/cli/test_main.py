@@ -415,3 +415,20 @@ def test_a_failing_plugin_is_one_clean_message(tmp_path: Path, monkeypatch: pyte
         "Error: plugin 'acme_is_broken' of acme 1.0 cannot be imported: ModuleNotFoundError: No module named "
         "'acme_is_broken'; repair or uninstall acme, or block it with plugins.blocked in the configuration\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("server: {allowed_hosts: ['a b']}", "allowed_hosts"),
+        ("server: {tls: {certificate: none.pem, key: none.key}}", "none.pem"),
+        ("auth: {providers: [api_keys]}\npolicy: {file: none.csv}", "none.csv"),
+        ("auth: {providers: [api_keys]}\npolicy: {file: bad.csv}", "line 1"),
+    ],
+)
+def test_check_looks_at_the_edge_and_the_policy(text: str, message: str) -> None:
+    Path("bad.csv").write_text("pp, role:x, *, model/*, generate, deny\n", encoding="utf-8")
+    Path("my.yaml").write_text(text, encoding="utf-8")
+    result = inferflux("config", "check", "--config", "my.yaml")
+    assert result.exit_code == 2
+    assert message in result.stderr

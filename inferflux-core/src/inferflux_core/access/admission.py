@@ -341,8 +341,8 @@ def _forbidden(principal: Principal, judged: Judged) -> ForbiddenError:
         )
     if obj.startswith("model/"):
         return ForbiddenError(
-            f"You may not use the model {obj.removeprefix('model/')!r} in this way ({action}). Ask an administrator for access, "
-            f"or choose another.",
+            f"You may not use the model {obj.removeprefix('model/')!r} in this way ({action}). Ask an administrator for "
+            f"access, or choose another.",
             code="model_not_allowed",
             param="model",
         )

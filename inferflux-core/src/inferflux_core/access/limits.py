@@ -16,10 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from inferflux_core.identity import Principal
-from inferflux_core.settings import Group, Limits, LimitSettings
+from inferflux_core.settings import Limits, LimitSettings, LimitTable
 
 OTHERS = "*"
 _RESERVED_SUBJECTS = ("tenant:", "model:", "principal:")
@@ -41,18 +39,6 @@ class Demand:
     def shared(self) -> bool:
         """Whether other tenants use it too; how much of it is left is then not for the caller to know."""
         return self.subject.startswith("model:")
-
-
-class LimitTable(Group):
-    """The quotas that are not a credential's own. `*` in a table stands for all names that it does not hold, each by itself."""
-
-    default: Limits = Field(default_factory=Limits, description="Of each key or user that has no limits of its own.")
-    tenants: dict[str, Limits] = Field(
-        default_factory=dict, description="Of all of a tenant together, by its name; `*` others."
-    )
-    models: dict[str, Limits] = Field(
-        default_factory=dict, description="Of all use of a model together, by its name; `*` others."
-    )
 
 
 class LimitRules:

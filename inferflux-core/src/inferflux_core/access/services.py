@@ -17,14 +17,14 @@ from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.access.audit.log import AuditLog, NoAudit
 from inferflux_core.access.failure_limit import FailureLimit
 from inferflux_core.access.key_ring import KeyRing
-from inferflux_core.access.limits import Limiter, LimitRules, LimitTable, make_limiter
+from inferflux_core.access.limits import Limiter, LimitRules, make_limiter
 from inferflux_core.access.policy_file import PolicyError
 from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
 from inferflux_core.access.store import AccessStore, Document
 from inferflux_core.errors import ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider
 from inferflux_core.plugins import PluginRegistry
-from inferflux_core.settings import Settings
+from inferflux_core.settings import LimitTable, Settings
 from inferflux_core.state_dir import state_dir
 from inferflux_core.telemetry.metrics import Metrics
 
@@ -180,7 +180,9 @@ def _table(document: Document) -> LimitTable:
     try:
         return LimitTable.model_validate(document.value)
     except ValidationError as error:
-        raise ConfigError(f"the limits in the key store are not valid, were they written by another version?\n{error}") from error
+        raise ConfigError(
+            f"the limits in the key store are not valid; another version may have written them:\n{error}"
+        ) from None
 
 
 def _policy_changed(event: PolicyEvent, metrics: Metrics, audit: AuditLog | NoAudit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from inferflux_core.config import bind_problems, load_settings, plugin_problems, problems_error, served_name
 from inferflux_core.effective import as_json, as_yaml, effective_values
 from inferflux_core.plugins import PluginRegistry, load_plugins
-from inferflux_core.settings import Settings
+from inferflux_core.settings import PolicySettings, Settings
 
 config_option = click.option(
     "--config",
@@ -44,21 +45,39 @@ def config() -> None:
 @config.command()
 @config_option
 def check(config_file: Path | None) -> None:
-    """Check file, environment and plugins without starting anything.
+    """Check file, environment, plugins, certificates and the policy without starting anything.
 
     Prints "ok" and what would be served, or every problem with the place to correct it (exit code 2). Model files are
     not looked for.
     """
+    from inferflux_core.serving.edge import check_edge
+
     loaded = load_settings(config_file)
-    load_registry(loaded.settings)
     settings = loaded.settings
+    load_registry(settings)
+    check_edge(settings.server)
+    if settings.policy.file is not None:
+        asyncio.run(_check_policy(settings.policy))
     click.echo(f"ok: {loaded.file or 'no configuration file; environment and defaults only'}")
     click.echo(f"listen on {settings.server.host} port {settings.server.port}")
     click.echo(f"scheduler {settings.engine.scheduler}")
+    click.echo(
+        f"access by {', '.join(settings.auth.providers) or 'nobody: everyone who reaches the server may use its models'}"
+    )
+    if settings.policy.file is not None:
+        click.echo(f"policy {settings.policy.file}")
     default = next((model for model in settings.models if model.default), settings.models[0])
     for model in settings.models:
         names = " ".join((f"model {served_name(model)}", *(f"alias {alias}" for alias in model.aliases)))
         click.echo(f"{names} from {model.source}, backend {model.backend}{', default' if model is default else ''}")
+
+
+async def _check_policy(settings: PolicySettings) -> None:
+    from inferflux_core.access.policy_store import PolicyStore
+
+    policy = PolicyStore(settings, lambda event: None)
+    await policy.start()
+    await policy.close()
 
 
 @config.command()

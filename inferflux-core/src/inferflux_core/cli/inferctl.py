@@ -16,7 +16,6 @@ from .lazy_group import LazyCommand, LazyGroup
 from .server_options import GlobalOptions, Server, global_options, print_json, server_command
 from .table import print_table
 
-
 _LATER = {
     "login": LazyCommand("inferflux_core.cli.login", "login", "Log in to a server through its authorization server."),
     "logout": LazyCommand("inferflux_core.cli.login", "logout", "Forget a login, and have its tokens revoked."),
@@ -40,8 +39,6 @@ def inferctl(context: click.Context, /, options: GlobalOptions) -> None:
     Exit codes: 0 done, 1 the server or the request failed, 2 wrong usage, 130 stopped with Ctrl-C.
     """
     context.obj = options
-
-
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from inferflux_core.engine.process import ProcessEngineClient
 from inferflux_core.errors import ConfigError
 from inferflux_core.models.manager import ModelManager, ServedModel
 from inferflux_core.plugins import PluginRegistry
-from inferflux_core.serving.tls import server_context
+from inferflux_core.serving.edge import check_edge
 from inferflux_core.settings import Settings
 from inferflux_core.telemetry.logging import configure_logging
 from inferflux_core.telemetry.version import VERSION
@@ -48,7 +48,7 @@ def run(loaded: Loaded, registry: PluginRegistry) -> int:
     settings = loaded.settings
     configure_logging(settings.logging)
     check_bind(settings)
-    tls = server_context(settings.server.tls) if settings.server.tls is not None else None
+    tls = check_edge(settings.server)
     _make_room_for_connections(settings.server.max_connections)
     with _bound(settings) as listener:
         if sys.platform == "win32":
@@ -249,17 +249,11 @@ class Server:
         (self._signalled if self._signals == 1 else self._now).set()
 
     def _uvicorn_config(self, app: Any, metrics: Metrics) -> uvicorn.Config:
-        """Raises ConfigError if a setting of the edge is malformed."""
         from inferflux_core.serving.connections import Connections
         from inferflux_core.serving.exchange import UNMATCHED
-        from inferflux_core.serving.hosts import HostCheck
-        from inferflux_core.serving.origins import OriginCheck
         from inferflux_core.serving.protocol import edge_protocol
 
         settings, tls = self._settings.server, self._tls
-        # The application makes its own with its first request; a mistake shall show now.
-        HostCheck(settings.host, settings.allowed_hosts)
-        OriginCheck(settings.allowed_origins, settings.public_url)
         connections = Connections(settings, lambda status, code: metrics.request_refused(UNMATCHED, status, code))
         return uvicorn.Config(
             app,

@@ -10,7 +10,6 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.limits import LimitTable
 from inferflux_core.access.services import LIMITS_DOCUMENT
 from inferflux_core.errors import InvalidRequestError
 from inferflux_core.serving.admin.body import AdminBodyReader
@@ -21,7 +20,7 @@ from inferflux_core.serving.guard import GuardedRoute, needs
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
 from inferflux_core.serving.services import Services
-from inferflux_core.settings import Group
+from inferflux_core.settings import Group, LimitTable
 
 PATH = "/v1/admin/limits"
 OLD_PATH = "/v1/admin/rate_limit"
