@@ -117,7 +117,7 @@ def test_reading_the_configuration_imports_nothing_of_the_server() -> None:
     script = (
         "import sys\n"
         "from inferflux_core.cli.main import cli\n"
-        "try:\n    cli(['config', 'check'])\n"
+        "try:\n    cli(['config', 'show'])\n"
         f"finally:\n    print('imported:', [m for m in {SERVER_ONLY} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=20)

@@ -61,9 +61,8 @@ def check(config_file: Path | None) -> None:
     click.echo(f"ok: {loaded.file or 'no configuration file; environment and defaults only'}")
     click.echo(f"listen on {settings.server.host} port {settings.server.port}")
     click.echo(f"scheduler {settings.engine.scheduler}")
-    click.echo(
-        f"access by {', '.join(settings.auth.providers) or 'nobody: everyone who reaches the server may use its models'}"
-    )
+    if settings.auth.providers:
+        click.echo(f"access by {', '.join(settings.auth.providers)}")
     if settings.policy.file is not None:
         click.echo(f"policy {settings.policy.file}")
     default = next((model for model in settings.models if model.default), settings.models[0])
