@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 from annotated_types import Ge, Gt, Le, Lt
@@ -37,6 +37,7 @@ _WORDS = {
     "bool": "true or false",
     "Path": "path",
     "SecretStr": "secret",
+    "AwareDatetime": "time with its zone",
 }
 
 SETTINGS_INTRO = """\
@@ -173,7 +174,9 @@ def _plugin_path(entry: Entry) -> tuple[str, ...]:
             return ("backends", entry.registration.name)
         case "scheduler":
             return ("engine", "scheduler_settings")
-    raise ConfigError(f"a {entry.kind} has no place for settings in the configuration; {entry.distribution} has some")
+        case "auth provider":
+            return ("auth", "settings", entry.registration.name)
+    raise ConfigError(f"plugins of the kind {entry.kind!r} have no place for settings in the configuration; {entry.distribution} has one")
 
 
 def _plugin_variable(key: SettingKey) -> str | None:
@@ -212,6 +215,8 @@ def _limit(constraint: object) -> str | None:
 
 
 def _words(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if item_type(annotation) is not None:
@@ -234,6 +239,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, BaseModel):
         changed = ", ".join(f"{name}: {_plain(item)}" for name, item in value if name in value.model_fields_set)
         return f"{{{changed}}}"
+    if isinstance(value, frozenset):
+        value = sorted(value)  # a set has no order, and the page must be the same each time
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_plain, value))}]"
     if value is None or isinstance(value, bool):

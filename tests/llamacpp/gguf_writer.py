@@ -38,13 +38,14 @@ class Raw:
 
 @dataclass
 class Tensor:
-    """One tensor; `offset` None places it behind the one before, `type_number` None takes the packing's."""
+    """One tensor; `offset` None places it behind the one before, `type_number` None takes the packing's, `data` None is zeros."""
 
     name: str | bytes
     shape: tuple[int, ...]
     packing: str = "F32"
     offset: int | None = None
     type_number: int | None = None
+    data: bytes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +109,7 @@ class Model:
             head += b"".join(struct.pack("<Q", dimension) for dimension in tensor.shape)
             head += struct.pack("<IQ", number, offset)
             if tensor.offset is None:
-                data += self._pad(bytes(min(tensor.nbytes, 1 << 20)))
+                data += self._pad(bytes(min(tensor.nbytes, 1 << 20)) if tensor.data is None else tensor.data)
         return self._pad(head) + data
 
     def write(self, path: Path) -> Path:

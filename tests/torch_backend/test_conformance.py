@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 
 from cyclic_prompts import cyclic_prompt
@@ -14,9 +15,10 @@ from inferflux_backend_torch.inputs import KVCache
 from inferflux_backend_torch.loading import Loaded, load
 from inferflux_backend_torch.runner import TorchRunner
 from inferflux_backend_torch.settings import TorchSettings
-from inferflux_core.interfaces import EngineConfig, ModelRunner
+from inferflux_core.interfaces import EngineConfig, ModelFiles, ModelRunner
 from inferflux_core.testing.conformance import BackendConformance
 from inferflux_core.testing.driver import make_request
+from torch_backend.tiny_models import VOCAB, tiny_files
 from torch_backend.twin import twin_files
 
 FILES = twin_files()
@@ -24,7 +26,7 @@ TOKENIZER = TorchBackend(TorchSettings()).tokenizer(FILES)
 
 
 @cache
-def weights(dtype: str, quantization: str) -> Loaded:
+def weights(files: ModelFiles, dtype: str, quantization: str) -> Loaded:
     """Loaded once for all tests; each runner gets a cache of its own."""
     settings = TorchSettings.model_validate(
         {
@@ -36,17 +38,18 @@ def weights(dtype: str, quantization: str) -> Loaded:
             "num_threads": 1,  # threads that wait for each other are slow where other tests run beside
         }
     )
-    return load(FILES, settings, EngineConfig(max_model_len=256))
+    return load(files, settings, EngineConfig(max_model_len=256))
 
 
 class TorchConformance(BackendConformance):
+    files = FILES
     dtype = "bfloat16"
     quantization = "none"
     output_tokens = 8
     logprob_noise = 0.5
 
     def make_runner(self, config: EngineConfig) -> ModelRunner:
-        loaded = weights(self.dtype, self.quantization)
+        loaded = weights(self.files, self.dtype, self.quantization)
         layers, _, blocks, block_size, heads, width = loaded.cache.data.shape
         cache = KVCache(layers, blocks, block_size, heads, width, loaded.cache.data.dtype, torch.device("cpu"))
         return TorchRunner(replace(loaded, cache=cache), config)
@@ -55,9 +58,24 @@ class TorchConformance(BackendConformance):
         return cyclic_prompt(TOKENIZER, length, variant)
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return tiny_files("llama", tmp_path_factory.mktemp("models"))
+
+
 class TestFloat32(TorchConformance):
+    """Random weights, with nothing left to rounding: the tokens are equal."""
+
     dtype = "float32"
-    logprob_noise = 0.01
+    logprob_noise = 0.0
+    output_tokens = 12
+
+    @pytest.fixture(autouse=True)
+    def _files(self, llama: ModelFiles) -> None:
+        self.files = llama
+
+    def prompt(self, length: int, variant: int = 0) -> Sequence[int]:
+        return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(variant)).tolist()
 
 
 class TestBfloat16(TorchConformance):

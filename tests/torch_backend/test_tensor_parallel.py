@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -43,7 +42,7 @@ from inferflux_core.interfaces import (
 from inferflux_core.models.sources import PathSource
 from inferflux_core.testing.conformance import BackendConformance
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
-from torch_backend.tiny_models import VOCAB, tiny_model
+from torch_backend.tiny_models import VOCAB, tiny_files
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
@@ -55,15 +54,6 @@ pytestmark = [
 
 CONFIG = EngineConfig(max_num_seqs=4, max_num_batched_tokens=256, max_model_len=256)
 DEADLINE = 30.0  # far below the minutes after which torch itself gives up
-
-
-def model(name: str, root: Path) -> ModelFiles:
-    """A tiny model in a folder that the whole backend can open: with a vocabulary of VOCAB made-up pieces."""
-    folder = tiny_model(name, root).folder
-    pieces = [[f"w{i}", -1.0] for i in range(VOCAB)]
-    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    return PathSource().resolve(str(folder), SourceContext())
 
 
 def start(files: ModelFiles, size: int = 2, config: EngineConfig = CONFIG, **settings: Any) -> ModelRunner:
@@ -101,7 +91,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llama(root: Path) -> ModelFiles:
-    return model("llama", root)
+    return tiny_files("llama", root)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +190,7 @@ def test_two_ranks_answer_as_one(pair: TensorParallelRunner, llama: ModelFiles) 
 
 
 def test_three_ranks_with_norms_and_experts_of_which_each_holds_a_part(root: Path) -> None:
-    files = model("olmoe", root)
+    files = tiny_files("olmoe", root)
     runner = shared(files, size=3)
     ours = answers(runner)
     runner.close()

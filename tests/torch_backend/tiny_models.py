@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from inferflux_core.interfaces import ModelFiles, SourceContext
+from inferflux_core.models.sources import PathSource
+
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 20
 VOCAB = 131
 
@@ -134,6 +137,15 @@ def tiny_model(name: str, root: Path) -> TinyModel:
     """Build a model of RECIPES in a folder below root."""
     recipe = RECIPES[name]
     return TinyModel(root / name, build(recipe, root / name))
+
+
+def tiny_files(name: str, root: Path) -> ModelFiles:
+    """A model of RECIPES in a folder that the whole backend can open: with a vocabulary of VOCAB made-up pieces."""
+    folder = tiny_model(name, root).folder
+    pieces = [[f"w{i}", -1.0] for i in range(VOCAB)]
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return PathSource().resolve(str(folder), SourceContext())
 
 
 def build(recipe: Recipe, folder: Path) -> Any:
