@@ -176,7 +176,9 @@ def _plugin_path(entry: Entry) -> tuple[str, ...]:
             return ("engine", "scheduler_settings")
         case "auth provider":
             return ("auth", "settings", entry.registration.name)
-    raise ConfigError(f"plugins of the kind {entry.kind!r} have no place for settings in the configuration; {entry.distribution} has one")
+    raise ConfigError(
+        f"plugins of the kind {entry.kind!r} have no place for settings in the configuration; {entry.distribution} has one"
+    )
 
 
 def _plugin_variable(key: SettingKey) -> str | None:

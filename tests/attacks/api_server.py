@@ -99,6 +99,12 @@ class ApiServer:
         """A text completion of two tokens by the model `open`, but for these fields."""
         return self.ask("POST", "/v1/completions", {"model": "open", "prompt": "hi", "max_tokens": 2, **fields})
 
+    def assert_well(self) -> None:
+        """It answers, with the engine processes that it began with."""
+        assert self.chat().status_code == 200
+        found = self.ask("GET", "/healthz", key=self.admin).json()["models"]
+        assert [(model["state"], model["restarts"]) for model in found] == [("ready", 0)] * 2
+
     def metrics(self) -> dict[str, float]:
         """Every sample of the metrics page."""
         reply = self.ask("GET", "/metrics", key=self.admin)

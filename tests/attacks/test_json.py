@@ -1,28 +1,20 @@
 """Attacks on the JSON of requests and on the values in it, through the front door. Numbers are those of
-reference/security.md, 7.3. The whole matrices are in core/serving/test_json_body.py (18, 30) and test_request_fields.py
-(19 to 21, 25 to 28).
+reference/security.md, 7.3; 21 to 23 are in test_prompts.py. The whole matrices are in core/serving/test_json_body.py (18, 30)
+and test_request_fields.py (19, 20, 25 to 28).
 """
 
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from attacks.api_server import CHAT, ApiServer, api_server, error_of, in_process, refusal, server_ms
-from attacks.raw_http import RawConnection, Reply, head
+from attacks.api_server import CHAT, ApiServer, api_server, error_of, refusal, server_ms
 from served import until
 
 URL = "/v1/chat/completions"
-TEN_MIB = 10 * 1024 * 1024
-CONTEXT = 256  # tokens; the fake tokenizer makes one of each byte, and puts one before the prompt of a completion
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +24,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 
 @pytest.fixture(autouse=True)
-def well_afterwards(request: pytest.FixtureRequest) -> Iterator[None]:
+def well_afterwards(server: ApiServer) -> Iterator[None]:
     """Whatever was asked of it, the same engine process answers the next one."""
     yield
-    if "server" in request.fixturenames:
-        server: ApiServer = request.getfixturevalue("server")
-        assert server.chat().status_code == 200
-        models = server.ask("GET", "/healthz", key=server.admin).json()["models"]
-        assert [(model["state"], model["restarts"]) for model in models] == [("ready", 0)] * 2
+    server.assert_well()
 
 
 def with_field(text: bytes) -> bytes:
@@ -179,156 +167,6 @@ def test_20_the_ends_of_what_is_allowed(server: ApiServer) -> None:
     assert server.complete(logit_bias=bias, stop=["x" * 256] * 16, stop_token_ids=list(range(128))).status_code == 200
 
 
-# --- 21: next to nothing -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prompt", "status"),
-    [("", 200), ([], 400), ([[]], 400), ([256], 200), ([257, 258, 259], 200), ("</s>", 200), ("\x00", 200), ("\ufeff", 200)],
-    ids=repr,
-)
-def test_21_prompts_of_nothing_and_of_control_tokens(server: ApiServer, prompt: object, status: int) -> None:
-    assert server.complete(prompt=prompt).status_code == status
-
-
-def test_21_a_prompt_without_any_token(server: ApiServer) -> None:
-    assert refusal(server.complete(prompt="", add_special_tokens=False)) == (400, None, "prompt")
-
-
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        ([], "messages"),
-        ([{"role": "system\u0000", "content": "x"}], "messages[0].role"),
-        ([{"role": "System", "content": "x"}], "messages[0].role"),
-        ([{"role": "user", "content": None}], "messages[0].content"),
-        ([{"role": "user", "content": []}], "messages[0].content"),
-        ([{"role": "user", "content": ""}], None),
-        ([{"role": "user", "content": "<|image_pad|>"}], None),
-        ([{"role": "user", "content": "<|im_start|><|im_end|></s><s>"}], None),
-        ([{"role": "assistant", "content": "", "tool_calls": []}], None),
-    ],
-    ids=lambda value: str(value)[:60],
-)
-def test_21_messages_of_nothing_and_of_control_tokens(server: ApiServer, messages: list[Any], param: str | None) -> None:
-    reply = server.chat(messages=messages)
-    if param is None:
-        assert reply.status_code == 200
-    else:
-        assert refusal(reply) == (400, None, param)
-
-
-def test_21_what_a_user_spells_is_no_control_token(server: ApiServer) -> None:
-    """It is as many tokens as it has bytes, not one."""
-    plain, spelt = (
-        server.chat(messages=[{"role": "user", "content": text}]).json()["usage"]["prompt_tokens"]
-        for text in ("", "<|im_end|>")
-    )
-    assert spelt == plain + len("<|im_end|>")
-
-
-# --- 22, 23: long prompts ------------------------------------------------------------------------------------------------
-
-
-def slowest_probe_during(server: ApiServer, requests: list[bytes]) -> tuple[float, float, list[Reply]]:
-    """Send requests one after the other while `/livez` is asked without pause.
-
-    Returns:
-        Seconds of the slowest probe before, and of the slowest during; the replies.
-    """
-    replies: list[Reply] = []
-
-    def attack() -> None:
-        for data in requests:
-            with RawConnection(server.url) as connection:
-                connection.send(data)
-                replies.append(connection.reply())
-
-    def probe(connection: RawConnection) -> float:
-        began = time.perf_counter()
-        connection.send(head("GET", "/livez"))
-        assert connection.reply().status == 200
-        return time.perf_counter() - began
-
-    with RawConnection(server.url) as connection:
-        before = max(probe(connection) for _ in range(50))
-        attacker = threading.Thread(target=attack)
-        attacker.start()
-        during = [probe(connection)]
-        while attacker.is_alive():
-            during.append(probe(connection))
-        attacker.join()
-    return before, max(during), replies
-
-
-def raw(server: ApiServer, path: str, body: bytes) -> bytes:
-    lines = ("Content-Type: application/json", f"Content-Length: {len(body)}", f"Authorization: Bearer {server.user}")
-    return head("POST", path, *lines) + body
-
-
-def test_22_ten_mebibytes_are_refused_before_they_are_tokenised_and_hold_up_nobody(server: ApiServer) -> None:
-    text = b"a " * (TEN_MIB // 2 - 100)
-    chat = b'{"model":"open","messages":[{"role":"user","content":"%b"}]}' % text
-    completion = b'{"model":"open","prompt":"%b"}' % text
-    before, during, replies = slowest_probe_during(server, [raw(server, URL, chat), raw(server, "/v1/completions", completion)])
-    print(f"\nslowest /livez: {before * 1000:.1f} ms before, {during * 1000:.1f} ms during")
-    assert [(reply.status, reply.error["code"]) for reply in replies] == [(400, "context_length_exceeded")] * 2
-    assert all("in any wording" in reply.error["message"] for reply in replies), "it was tokenised"
-    assert during < 0.5 + before, "the budget is 50 ms on an idle machine; this allows for a busy one"
-
-
-def test_22_more_than_that_is_413(server: ApiServer) -> None:
-    assert refusal(server.complete(prompt="a" * TEN_MIB)) == (413, "request_too_large", None)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="arguments of tool calls are parsed each by itself (openai/messages.py, _template_call), without a bound on all "
-    "together: 4.7 MB of them stopped the event loop for seconds",
-)
-def test_22_arguments_of_tool_calls_are_bounded_all_together(server: ApiServer) -> None:
-    arguments = json.dumps({"a": [[]] * 40_000})
-    call = {"function": {"name": "f", "arguments": arguments}}
-    reply = server.chat(messages=[{"role": "assistant", "tool_calls": [call] * 3}])
-    assert reply.status_code == 400
-    assert "too many values" in error_of(reply)["message"]
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="/tokenize takes any text (openai/tokens.py): 10 MiB become a reply of 31 MB, with return_token_strs of 73 MB "
-    "after seconds of work, and encoding it holds up the event loop",
-)
-def test_22_tokenize_refuses_what_no_context_holds(server: ApiServer) -> None:
-    reply = server.ask("POST", "/tokenize", {"model": "open", "prompt": "a" * 2**20})
-    assert reply.status_code == 400
-    assert error_of(reply)["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_23_the_context_exactly_and_one_token_more(server: ApiServer, stream: bool) -> None:
-    for prompt, max_tokens in (("a" * 245, 10), ("a" * (CONTEXT - 2), 1), ([97] * (CONTEXT - 1), 1), ("", CONTEXT - 1)):
-        served = server.complete(prompt=prompt, max_tokens=max_tokens, ignore_eos=True)
-        assert served.json()["usage"]["total_tokens"] == CONTEXT
-        more = server.complete(prompt=prompt, max_tokens=max_tokens + 1, ignore_eos=True, stream=stream)
-        assert refusal(more) == (400, "context_length_exceeded", "prompt")
-        longer = [97] * len(prompt) + [97, 97]  # of an id list nothing is put in front
-        assert refusal(server.complete(prompt=longer, max_tokens=max_tokens, stream=stream))[1] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_23_a_conversation_that_fits_exactly(server: ApiServer, stream: bool) -> None:
-    bare = server.chat(messages=[{"role": "user", "content": ""}]).json()["usage"]["prompt_tokens"]
-
-    def ask(length: int, **fields: object) -> Any:
-        return server.chat(messages=[{"role": "user", "content": "a" * length}], ignore_eos=True, **fields)
-
-    assert ask(CONTEXT - bare - 5, max_tokens=5).json()["usage"]["total_tokens"] == CONTEXT
-    assert ask(CONTEXT - bare - 1, max_tokens=None).json()["usage"]["total_tokens"] == CONTEXT
-    assert refusal(ask(CONTEXT - bare - 5, max_tokens=6, stream=stream)) == (400, "context_length_exceeded", "messages")
-    assert refusal(ask(CONTEXT - bare, max_tokens=None, stream=stream)) == (400, "context_length_exceeded", "messages")
-
-
 # --- 25 to 29: what a request cannot bring ---------------------------------------------------------------------------------
 
 _SCHEMAS: dict[str, Any] = {
@@ -419,64 +257,3 @@ def test_30_unknown_fields_are_ignored_with_a_warning_that_cannot_forge_a_line(s
 )
 def test_30_other_content_types(server: ApiServer, content_type: str) -> None:
     assert refusal(server.ask("POST", URL, CHAT, headers={"content-type": content_type})) == (415, None, None)
-
-
-# --- any bytes at all -----------------------------------------------------------------------------------------------------
-
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
-_BODIES: dict[str, list[dict[str, Any]]] = {
-    URL: [
-        {"messages": [{"role": "user", "content": "x"}], "n": 1, "stop": ["a"], "logit_bias": {"1": 1}},
-        {
-            "messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}],
-            "stream": True,
-        },
-    ],
-    "/v1/completions": [{"prompt": "x", "echo": True, "seed": 1}, {"prompt": [[1], [2]], "max_tokens": 4}],
-    "/tokenize": [{"prompt": "x"}, {"content": "x", "with_pieces": True}],
-    "/detokenize": [{"tokens": [1, 2, 256]}],
-    "/v1/admin/api-keys": [{"name": "x", "limits": {"rpm": 1}, "cidr": ["10.0.0.0/8"], "expires_at": "2099-01-01T00:00:00Z"}],
-}
-
-
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a document, with each of its keys."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield value, key
-        yield from _places(value[key])
-
-
-@st.composite
-def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A path and a body that was good, until some of its values and bytes were replaced."""
-    path = draw(st.sampled_from(sorted(_BODIES)))
-    document = json.loads(json.dumps(draw(st.sampled_from(_BODIES[path]))))
-    for _ in range(draw(st.integers(0, 2))):
-        container, key = draw(st.sampled_from(list(_places(document))))
-        container[key] = draw(_VALUES)
-    body = json.dumps(document).encode()
-    if draw(st.booleans()):
-        at = draw(st.integers(0, len(body)))
-        body = body[:at] + draw(st.binary(max_size=6)) + body[at + draw(st.integers(0, 6)) :]
-    return path, body
-
-
-def test_no_body_makes_the_server_fail_or_open(tmp_path: Path) -> None:
-    json_type = (b"content-type", b"application/json")
-    with in_process(tmp_path) as app:
-
-        @given(damaged())
-        @settings(max_examples=300, deadline=None, database=None)
-        def check(request: tuple[str, bytes]) -> None:
-            path, body = request
-            assert app.ask("POST", path, [json_type], body) == 401
-            for key in (app.key, app.admin):
-                status = app.ask("POST", path, [json_type, (b"authorization", b"Bearer " + key.encode())], body)
-                allowed = {403} if key == app.key and "admin" in path else {200, 400, 404}
-                assert status in allowed, (status, path, body)
-
-        check()

@@ -144,10 +144,28 @@ def test_24_names_in_the_path(server: ApiServer, target: str) -> None:
 
 def test_24_a_line_break_in_the_path_is_no_name_at_all(server: ApiServer) -> None:
     """No route takes one, so that this 404 is of the URL, whatever models there are."""
-    for target in ("a%0Ab", "open%0A", "secret%0A"):
+    for target in ("a%0Ab", "secret%0Aopen", "%0Aopen"):
         reply = ask(server.url, head("GET", f"/v1/models/{target}", f"Authorization: Bearer {server.user}"))
         assert (reply.status, reply.error["code"]) == (404, None)
         assert reply.error["message"].startswith("Unknown URL")
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="Starlette's patterns of paths end in `$`, which also matches before a line break (serving/guard.py): every route "
+    "answers to its path with %0A behind it, past whatever a proxy in front has to say of that path",
+)
+@pytest.mark.parametrize("path", ["/v1/models/open", "/v1/models", "/healthz", "/metrics", "/v1/admin/api-keys"])
+def test_24_a_line_break_behind_a_path_makes_another_path(server: ApiServer, path: str) -> None:
+    reply = ask(server.url, head("GET", path + "%0A", f"Authorization: Bearer {server.admin}"))
+    assert reply.status == 404
+
+
+def test_24_a_line_break_is_no_way_past_the_gate(server: ApiServer) -> None:
+    for path in ("/livez%0A", "/readyz%0A", "/metrics%0A", "/v1/models%0A", "/v1/admin/api-keys%0A"):
+        assert ask(server.url, head("GET", path)).status == 401
+    for path in ("/metrics%0A", "/v1/admin/api-keys%0A", "/v1/models/secret%0A"):
+        assert ask(server.url, head("GET", path, f"Authorization: Bearer {server.user}")).status in (403, 404)
 
 
 def test_24_names_that_are_allowed_lead_to_the_one_model(server: ApiServer) -> None:

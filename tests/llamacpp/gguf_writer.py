@@ -38,7 +38,7 @@ class Raw:
 
 @dataclass
 class Tensor:
-    """One tensor; `offset` None places it behind the one before, `type_number` None takes the packing's, `data` None is zeros."""
+    """One tensor; `offset` None puts it behind the one before, `type_number` None is the packing's, `data` None is zeros."""
 
     name: str | bytes
     shape: tuple[int, ...]

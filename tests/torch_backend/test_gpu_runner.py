@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the torch backend is not installed")
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,7 @@ from inferflux_core.engine.types import EngineRequest
 from inferflux_core.interfaces import EngineConfig, ModelInfo, ModelRunner
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
 from torch_backend.reference_step import open_checkpoint, read_config
-from torch_backend.tiny_models import tiny_model
+from torch_backend.tiny_models import RECIPES, build
 from torch_backend.triton_interpreter import isolate, triton_ops
 
 CPU = torch.device("cpu")
@@ -54,7 +54,10 @@ class Model:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(tiny_model("qwen3", tmp_path_factory.mktemp("models")).folder)
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    recipe = RECIPES["qwen3"]
+    build(replace(recipe, settings={**recipe.settings, "num_hidden_layers": 2}), folder)  # one more takes the interpreter long
+    return Model(folder)
 
 
 def requests() -> list[EngineRequest]:

@@ -135,13 +135,13 @@ def check_steps(make: Make, inits: list[SequenceInit], logits: list[Tensor], exa
 
 
 @given(steps())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_on_the_host_every_draw_is_the_references(case: tuple[list[SequenceInit], list[Tensor]]) -> None:
     check_steps(host_sampler, *case, exact=True)
 
 
 @given(steps())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_on_a_device_every_draw_is_the_references_up_to_rounding(case: tuple[list[SequenceInit], list[Tensor]]) -> None:
     check_steps(device_sampler, *case, exact=False)
 

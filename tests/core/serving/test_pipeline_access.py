@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,8 +131,7 @@ class Stand:
     async def refused(self, error: type[RequestError], **fields: Any) -> RequestContext:
         context = made(KEY)
         with pytest.raises(error):
-            async for _ in self.pipeline.generate(context, request(**fields)):
-                pass
+            await _exhaust(self.pipeline.generate(context, request(**fields)))
         return context
 
 
@@ -286,20 +285,10 @@ async def test_a_full_queue_costs_nothing() -> None:
 async def test_the_deadline_settles(stand: Stand) -> None:
     context = made(KEY, seconds=0.0)
     with pytest.raises(RequestTimeoutError):
-        async for _ in stand.pipeline.generate(context, request(max_tokens=ENDLESS)):
-            pass
+        await _exhaust(stand.pipeline.generate(context, request(max_tokens=ENDLESS)))
     await stand.idle()
     assert stand.book.entries[-1] == f"settle {12 + context.outcome.output_tokens}"
     assert len(stand.book.entries) == 3
-
-
-async def _crash_after(stand: Stand, event: type[Event]) -> RequestContext:
-    context = made(KEY)
-    with pytest.raises(EngineRestartedError):
-        async for found in stand.pipeline.generate(context, request(max_tokens=ENDLESS)):
-            if isinstance(found, event):
-                stand.engine.crash()
-    return context
 
 
 async def test_an_engine_that_fails_before_the_first_token_costs_nothing(stand: Stand) -> None:
@@ -317,9 +306,20 @@ async def test_an_engine_that_fails_before_the_first_token_costs_nothing(stand: 
     strict=True, reason="pipeline.py: observer.num_generated is set after it is asked, so the prompt is given back"
 )
 async def test_an_engine_that_fails_later_is_charged_for_what_was_delivered(stand: Stand) -> None:
-    context = await _crash_after(stand, Delta)
+    context = made(KEY)
+    events = stand.pipeline.generate(context, request(max_tokens=ENDLESS))
+    while not isinstance(await anext(events), Delta):
+        pass
+    stand.engine.crash()
+    with pytest.raises(EngineRestartedError):
+        await _exhaust(events)
     assert context.outcome.output_tokens > 0
     assert stand.book.entries[-1] == f"settle {12 + context.outcome.output_tokens}"
+
+
+async def _exhaust(events: AsyncGenerator[Event, None]) -> None:
+    async for _ in events:
+        pass
 
 
 # --- what a request may not choose ------------------------------------------------------------------------------------
