@@ -16,8 +16,8 @@ help:  ## Show this list
 run: $(INSTALLED)  ## Serve the demo model on http://127.0.0.1:8080
 	$(BIN)/inferflux serve $(ARGS)
 
-test: $(INSTALLED)  ## Run the test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED)  ## Run the test suite in two processes; with ARGS="-k name" a part of it in one
+	$(BIN)/python -m pytest $(or $(ARGS),--numprocesses=2 --dist=worksteal)
 
 lint: $(INSTALLED)  ## Check style and that the generated documentation is current
 	$(BIN)/ruff check $(SOURCES)

@@ -21,7 +21,7 @@ from inferflux_core.access.services import AccessServices
 from inferflux_core.plugins import load_plugins
 from inferflux_core.settings import Settings
 from inferflux_core.telemetry.metrics import Metrics
-from served import ServedInferFlux, serving
+from served import ServedInferFlux, serving, until
 
 POLICY = """\
 role, user, reader, boss
@@ -115,6 +115,13 @@ class ApiServer:
     def audit_lines(self) -> list[bytes]:
         """Lines of the audit log, without their ends."""
         return (self.state / "audit.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
+
+    def record_of(self, reply: httpx.Response) -> dict[str, Any]:
+        """The audit record of a request; it is written a moment after the reply."""
+        mark = b'"request_id":"%b"' % reply.headers["x-request-id"].encode()
+        until(lambda: any(mark in line for line in self.audit_lines()))
+        record: dict[str, Any] = json.loads(next(line for line in self.audit_lines() if mark in line))
+        return record
 
 
 def error_of(reply: httpx.Response) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_18_of_duplicate_keys_the_last_one_counts_for_every_check_and_for_the_an
         body = with_field(f'"model":"{last}"'.encode()).replace(b'"model": "open"', f'"model": "{first}"'.encode())
         reply = server.ask("POST", URL, body)
         assert (reply.status_code, reply.json()["model"]) == (200, "open")
-        record = json.loads(server.audit_lines()[-1])
+        record = server.record_of(reply)
         assert (record["model_requested"], record["model"], record["decision"]["object"]) == (last, "open", "model/open")
     for spelling in (b'"model"', b'"m\\u006fdel"'):
         reply = server.ask("POST", URL, with_field(spelling + b':"secret"'))

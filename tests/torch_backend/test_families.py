@@ -79,9 +79,9 @@ def test_the_demo_model_generates_what_it_does_in_transformers() -> None:
 
     folder = demo_twin()
     prompts = {"france": [504, 3575, 282, 4649, 314], "code": [1604, 26843, 24, 96, 731]}
-    ours = ReferenceRunner(load(folder)).generate(prompts, 64)
+    ours = ReferenceRunner(load(folder)).generate(prompts, 32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # which would end the comparison early
     inputs = torch.tensor(list(prompts.values()))
-    theirs = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    theirs = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=32, do_sample=False, pad_token_id=0)
     assert list(ours.values()) == theirs[:, 5:].tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,6 +33,15 @@ _SEQUENCES = st.lists(
     min_size=1,
     max_size=5,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _several_threads() -> Iterator[None]:
+    """Elsewhere tests have one; these kernels divide their work, and must not get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @st.composite

@@ -105,7 +105,7 @@ class AuthenticationError(RequestError):
 
     Attributes:
         reason: why, for the audit log and a metrics label: a short word such as `unknown_key`; never sent.
-        challenge: value of the WWW-Authenticate header.
+        challenge: value of the WWW-Authenticate header; `Admission` knows where a credential can be had and sets it.
     """
 
     status = 401
@@ -113,12 +113,12 @@ class AuthenticationError(RequestError):
     default_code = "invalid_api_key"
     grpc_code = "UNAUTHENTICATED"
 
-    def __init__(self, reason: str, *, challenge: str = "Bearer") -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(
             "The request has no valid credential. Send an API key or an access token as 'Authorization: Bearer ...'."
         )
         self.reason = reason
-        self.challenge = challenge
+        self.challenge = "Bearer"
 
     @property
     def headers(self) -> dict[str, str]:

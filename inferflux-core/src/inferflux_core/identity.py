@@ -6,6 +6,7 @@ nothing ends in an anonymous principal because a provider did not know better (C
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ Action = Literal["generate", "embed", "read", "admin"]
 
 ACTIONS: tuple[Action, ...] = ("generate", "embed", "read", "admin")
 ANONYMOUS = "anonymous"
+
+TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""Form of a tenant's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

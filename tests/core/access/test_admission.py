@@ -65,7 +65,7 @@ def admission(policy: PolicyStore | None = None, limits: LimitSettings | None = 
     limits = limits or LimitSettings()
     return Admission(
         providers=(),
-        challenge="Bearer",
+        metadata_url=None,
         policy=policy,
         limiter=make_limiter(limits, lambda event: None),
         limit_rules=LimitRules(limits),

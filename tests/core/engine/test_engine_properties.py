@@ -154,7 +154,7 @@ def run(case: Case) -> EngineDriver:
 
 
 @given(cases(aborting=False))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_in_any_company_a_request_answers_as_if_alone(case: Case) -> None:
     driver = run(case)
     for request in case.requests:
@@ -171,7 +171,7 @@ def test_in_any_company_a_request_answers_as_if_alone(case: Case) -> None:
 
 
 @given(cases(aborting=True))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=36, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_an_abort_cuts_one_answer_short_and_touches_no_other(case: Case) -> None:
     assume(case.aborts)
     driver = run(case)
@@ -185,7 +185,7 @@ def test_an_abort_cuts_one_answer_short_and_touches_no_other(case: Case) -> None
 
 
 @given(cases(aborting=False), st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_preempting_anyone_at_any_moment_changes_no_answer(case: Case, data: st.DataObject) -> None:
     driver = driver_for(case)
     driver.add(*case.requests)
@@ -200,7 +200,7 @@ def test_preempting_anyone_at_any_moment_changes_no_answer(case: Case, data: st.
 
 
 @given(cases(aborting=True))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=36, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_one_step_ahead_answers_the_same(case: Case) -> None:
     """Depth 2 against depth 1; an abort may come a step earlier in the one than in the other."""
     answers = [run(replace(case, backend=case.backend.model_copy(update={"depth": depth}))).answers for depth in (1, 2)]

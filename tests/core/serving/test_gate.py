@@ -65,7 +65,8 @@ Behind = tuple[Stand, Badges, httpx.AsyncClient]
 async def test_strangers_are_all_told_the_same(behind: Behind, headers: list[tuple[str, str]]) -> None:
     reply = await behind[2].post("/v1/chat/completions", json=CHAT, headers=headers)
     assert (reply.status_code, reply.json()) == (401, UNAUTHORIZED)
-    assert reply.headers["www-authenticate"] == "Bearer"
+    sent = any(name != "cookie" for name, _ in headers)
+    assert reply.headers["www-authenticate"] == ('Bearer error="invalid_token"' if sent else "Bearer")
     assert behind[0].pipeline.requests == []
 
 
@@ -247,8 +248,21 @@ async def test_after_too_many_failures_an_address_waits_but_its_known_credential
         assert int(reply.headers["retry-after"]) >= 1
         assert len(badges.asked) == asked, "a credential was looked at while its address had to wait"
         assert (await client.get("/v1/models", headers=bearer("alice"))).status_code == 200
+        # Nothing was tried without a credential, so that is no failure, and the answer stays the same.
+        assert [(await client.get("/v1/models")).status_code for _ in range(5)] == [401] * 5
     assert there.sample('inferflux_auth_failures_total{reason="unknown_badge"}') == 3
     assert there.sample('inferflux_rate_limited_total{kind="failures"}') == 2
+    await there.access.close()
+
+
+async def test_a_credential_that_is_good_no_longer_counts_like_any_other(tmp_path: Path) -> None:
+    there, badges = guarded_stand(tmp_path, auth={"max_failures_per_minute": 3})
+    badges.principals = dict(badges.principals)
+    async with there.client() as client:
+        assert (await client.get("/v1/models", headers=bearer("alice"))).status_code == 200
+        del badges.principals["alice"]
+        statuses = [(await client.get("/v1/models", headers=bearer("alice"))).status_code for _ in range(5)]
+    assert statuses == [401, 401, 401, 429, 429]
     await there.access.close()
 
 

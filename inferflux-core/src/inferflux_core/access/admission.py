@@ -10,12 +10,13 @@ A permission is the intersection of the credential's scopes, its list of models 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -77,11 +78,12 @@ class ModelDirectory(Protocol[ViewT_co]):
 class Admitted:
     """A request that was let in: what it may use, and what it has to give back."""
 
-    __slots__ = ("_demands", "_lease", "max_tokens")
+    __slots__ = ("_demands", "_lease", "_metrics", "max_tokens")
 
-    def __init__(self, lease: Lease, demands: Sequence[Demand], max_tokens: int | None) -> None:
+    def __init__(self, lease: Lease, demands: Sequence[Demand], max_tokens: int | None, metrics: Metrics) -> None:
         self._lease = lease
         self._demands = demands
+        self._metrics = metrics
         self.max_tokens = max_tokens
 
     async def reserve(self, prompt_tokens: int, output_tokens: int, choices: int) -> None:
@@ -97,7 +99,11 @@ class Admitted:
         if limits := [d.limits.tpm for d in self._demands if d.limits.tpm is not None]:
             # A quota smaller than what a request may draw at most still serves it; it then goes into debt.
             output = min(output, max(0, min(limits) - prompt_tokens))
-        await self._lease.reserve_tokens(prompt_tokens + output)
+        try:
+            await self._lease.reserve_tokens(prompt_tokens + output)
+        except RateLimitError as error:
+            self._metrics.rate_limited(error.kind)
+            raise
 
     async def settle(self, used_tokens: int) -> None:
         """Give back what was reserved and not used, and the slot. Idempotent; never raises."""
@@ -116,7 +122,7 @@ class Admission:
         self,
         *,
         providers: Sequence[AuthProvider],
-        challenge: str,
+        metadata_url: str | None,
         policy: PolicyStore | None,
         limiter: Limiter,
         limit_rules: LimitRules,
@@ -124,7 +130,7 @@ class Admission:
         metrics: Metrics,
     ) -> None:
         self._providers = tuple(providers)
-        self._challenge = challenge
+        self._where = "" if metadata_url is None else f'resource_metadata="{metadata_url}"'
         self._policy = policy
         self._limiter = limiter
         self._rules = limit_rules
@@ -132,11 +138,6 @@ class Admission:
         self._metrics = metrics
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._salt = secrets.token_bytes(16)
-
-    @property
-    def challenge(self) -> str:
-        """WWW-Authenticate for a request without a usable credential."""
-        return self._challenge
 
     @property
     def open(self) -> bool:
@@ -159,7 +160,13 @@ class Admission:
         """
         if self.open:
             return Principal()
-        mark = None if credential is None else self._mark(credential)
+        if not credential:
+            # Not counted as a failure: nothing was tried, and probes without a key come often.
+            error = AuthenticationError("missing")
+            self._metrics.auth_failure(error.reason)
+            error.challenge = f"Bearer {self._where}".strip()
+            raise error
+        mark = self._mark(credential)
         if mark not in self._known:
             try:
                 self._failures.check(address)
@@ -169,9 +176,9 @@ class Admission:
         try:
             principal = await self._ask(credential, address)
         except AuthenticationError as error:
+            self._known.pop(mark, None)
             self.authentication_failed(error, address)
             raise
-        assert mark is not None
         self._known[mark] = None
         self._known.move_to_end(mark)
         if len(self._known) > _KNOWN_CREDENTIALS:
@@ -179,16 +186,15 @@ class Admission:
         return principal
 
     def authentication_failed(self, error: AuthenticationError, address: str | None) -> None:
-        """Count a failure, also one that a surface found by itself in the form of a credential."""
+        """Count a failure and say where a credential can be had; for those that a surface finds by itself, too."""
+        error.challenge = ", ".join(filter(None, ('Bearer error="invalid_token"', self._where)))
         self._failures.failed(address)
         self._metrics.auth_failure(error.reason)
 
-    async def _ask(self, credential: str | None, address: str | None) -> Principal:
-        if not credential:
-            raise AuthenticationError("missing", challenge=self._challenge)
+    async def _ask(self, credential: str, address: str | None) -> Principal:
         provider = next((p for p in self._providers if p.claims(credential)), None)
         if provider is None:
-            raise AuthenticationError("unclaimed", challenge=self._challenge)
+            raise AuthenticationError("unclaimed")
         try:
             principal = await provider.authenticate(credential, address)
         except (AuthenticationError, AccessUnavailableError):
@@ -200,7 +206,7 @@ class Admission:
             logger.error("auth provider %s returned a principal without subject or method", type(provider).__name__)
             raise AccessUnavailableError("Who sent this request cannot be found out now. Please retry later.")
         if principal.expires_at is not None and principal.expires_at <= time.time():
-            raise AuthenticationError("expired", challenge=self._challenge)
+            raise AuthenticationError("expired")
         return principal
 
     def _mark(self, credential: str) -> bytes:
@@ -304,7 +310,20 @@ class Admission:
         except RateLimitError as error:
             self._metrics.rate_limited(error.kind)
             raise
-        return Admitted(lease, demands, self._rules.max_tokens(principal, model))
+        return Admitted(lease, demands, self._rules.max_tokens(principal, model), self._metrics)
+
+    @contextlib.asynccontextmanager
+    async def counted(self, principal: Principal, model: str) -> AsyncIterator[None]:
+        """For requests that use a model without generating: they count as requests, and hold a slot while they last.
+
+        Raises:
+            RateLimitError, AccessUnavailableError: as in `admit`.
+        """
+        admitted = await self.admit(principal, model)
+        try:
+            yield
+        finally:
+            await admitted.settle(0)
 
 
 def _get(models: ModelDirectory[ViewT_co], name: str | None) -> ViewT_co:

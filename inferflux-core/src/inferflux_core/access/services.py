@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from inferflux_core.access.limits import Limiter, LimitRules, make_limiter
 from inferflux_core.access.policy_file import PolicyError
 from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
 from inferflux_core.access.store import AccessStore, Document
-from inferflux_core.errors import ConfigError
+from inferflux_core.errors import AccessUnavailableError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider
 from inferflux_core.plugins import PluginRegistry
 from inferflux_core.settings import LimitTable, Settings
@@ -35,6 +36,9 @@ LIMITS_DOCUMENT = "limits"
 
 METADATA_PATH = "/.well-known/oauth-protected-resource"
 """Where clients learn which authorization servers this server believes (RFC 9728)."""
+
+DEFAULT_STORE = "access.db"
+"""Name of the store in the state folder."""
 
 # How long a slot and a reservation outlive a server that died with them, beyond the longest request.
 _LEASE_MARGIN_S = 60.0
@@ -72,24 +76,26 @@ class AccessServices:
         Raises:
             ConfigError: a part cannot work as configured.
         """
-        providers = _providers(settings, metrics, registry)
-        enabled = bool(providers) if settings.audit.enabled is None else settings.audit.enabled
-        folder = state_dir(settings) if providers or enabled else None
+        # What can fail by the configuration alone comes before what opens files.
+        limiter = make_limiter(
+            settings.limits, metrics.limiter_event, lease_seconds=settings.server.request_timeout_s + _LEASE_MARGIN_S
+        )
         audit: AuditLog | NoAudit = NoAudit()
-        if enabled:
-            assert folder is not None
-            audit = AuditLog(settings.audit, folder, metrics.audit)
+        if settings.audit.enabled or (settings.audit.enabled is None and settings.auth.providers):
+            audit = AuditLog(settings.audit, state_dir(settings), metrics.audit)
             metrics.observe_audit(lambda: audit.head)
         policy = None
         if settings.policy.file is not None:
             policy = PolicyStore(settings.policy, lambda event: _policy_changed(event, metrics, audit))
+        providers = _providers(settings, metrics, registry)
+        keys = next((p.keys for p in providers if isinstance(p, ApiKeyProvider)), None)
+        store = None
+        if providers:
+            store = AccessStore(state_dir(settings) / DEFAULT_STORE) if keys is None else keys.store
         rules = LimitRules(settings.limits)
-        limiter = make_limiter(
-            settings.limits, metrics.limiter_event, lease_seconds=settings.server.request_timeout_s + _LEASE_MARGIN_S
-        )
         admission = Admission(
             providers=providers,
-            challenge=_challenge(settings.server.public_url, providers),
+            metadata_url=_metadata_url(settings.server.public_url, providers),
             policy=policy,
             limiter=limiter,
             limit_rules=rules,
@@ -102,9 +108,9 @@ class AccessServices:
             limit_rules=rules,
             audit=audit,
             providers=providers,
-            keys=next((p.keys for p in providers if isinstance(p, ApiKeyProvider)), None),
+            keys=keys,
             policy=policy,
-            store=None if not providers or folder is None else AccessStore(folder / "access.db"),
+            store=store,
         )
 
     async def start(self) -> None:
@@ -122,6 +128,9 @@ class AccessServices:
                 await provider.start()
             if self.store is not None and (document := await self.store.get_document(LIMITS_DOCUMENT)) is not None:
                 self.limit_rules.replace(_table(document))
+        except AccessUnavailableError as error:
+            await self.close()
+            raise ConfigError(f"access control cannot start: {error.message}") from error
         except BaseException:
             await self.close()
             raise
@@ -133,15 +142,16 @@ class AccessServices:
                 await self.policy.reload()
 
     async def close(self) -> None:
-        """Stop all parts, the audit log last."""
-        for provider in self.providers:
-            await provider.close()
-        if self.policy is not None:
-            await self.policy.close()
-        await self.limiter.close()
-        if self.store is not None:
-            self.store.close()
-        await self.audit.close(AuditEvent(event="server.stop"))
+        """Stop all parts, the audit log last. One that fails to stop keeps no other from it."""
+        async with contextlib.AsyncExitStack() as parts:
+            parts.push_async_callback(self.audit.close, AuditEvent(event="server.stop"))
+            if self.store is not None:
+                parts.push_async_callback(asyncio.to_thread, self.store.close)
+            parts.push_async_callback(self.limiter.close)
+            if self.policy is not None:
+                parts.push_async_callback(self.policy.close)
+            for provider in self.providers:
+                parts.push_async_callback(provider.close)
 
 
 def _providers(settings: Settings, metrics: Metrics, registry: PluginRegistry | None) -> list[AuthProvider]:
@@ -163,11 +173,11 @@ def _providers(settings: Settings, metrics: Metrics, registry: PluginRegistry | 
     return made
 
 
-def _challenge(public_url: str | None, providers: Sequence[AuthProvider]) -> str:
-    """WWW-Authenticate for a request without a credential: where to get one, if there is an authorization server."""
+def _metadata_url(public_url: str | None, providers: Sequence[AuthProvider]) -> str | None:
+    """Where clients learn where to get a credential; None if there is no authorization server."""
     if public_url is None or not any(provider.metadata().get("authorization_servers") for provider in providers):
-        return "Bearer"
-    return f'Bearer resource_metadata="{metadata_url(public_url)}"'
+        return None
+    return metadata_url(public_url)
 
 
 def metadata_url(public_url: str) -> str:

@@ -142,8 +142,10 @@ class RequestEnvelope:
             self._metrics.disconnect()
         except Exception as error:
             if send.refused is not None:
+                # Without its end the client sees that an answer broke off; one that has not begun can still say why.
                 exchange.error = error_reason(send.refused)
-                await error_response(send.refused)(scope, receive, send)
+                if not send.begun:
+                    await error_response(send.refused)(scope, receive, send)
                 return
             # The text of an unexpected exception may quote what a user wrote, so it stays out of log and reply.
             logger.error("unexpected %s\n%s", type(error).__qualname__, frames_of(error))

@@ -55,6 +55,18 @@ class Exchange:
         assert self.admission is not None, "no gate in front of this route"
         self.admission.authorize(self.principal, obj, action, self.judged)
 
+    def begin_generation(self, endpoint: str, timeout_s: float) -> RequestContext:
+        """The context of the one request that this exchange makes to the pipeline."""
+        self.context = RequestContext(
+            endpoint=endpoint,
+            deadline=self.arrival + timeout_s,
+            request_id=self.request_id,
+            arrival=self.arrival,
+            principal=self.principal,
+            judged=self.judged,
+        )
+        return self.context
+
     def attach(self, scope: Scope) -> None:
         """Put this exchange into the scope of its request."""
         scope[_SCOPE_KEY] = self

@@ -68,7 +68,7 @@ class AccessGate:
         name, value = found[0]
         match = _BEARER.fullmatch(value if name == b"authorization" else b"bearer " + value)
         if match is None:
-            error = AuthenticationError("malformed_header", challenge=self._access.admission.challenge)
+            error = AuthenticationError("malformed_header")
             self._access.admission.authentication_failed(error, exchange.address)
             raise error
         return match[1].decode("ascii")

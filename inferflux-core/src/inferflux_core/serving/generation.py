@@ -47,6 +47,7 @@ class RequestContext:
         arrival: `time.monotonic()` when the request came in.
         deadline: `time.monotonic()` after which the request ends with 504.
         principal: who asks.
+        cache_tenant: whose prefixes in the KV cache are used and left behind; None means the principal's tenant's.
         judged: the decisions made about this request; the pipeline adds its own.
         reply_headers: what the pipeline adds to the head of the reply, such as x-ratelimit-*.
         outcome: what became of it, filled by the pipeline.
@@ -56,6 +57,7 @@ class RequestContext:
     deadline: float
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     principal: Principal = field(default_factory=Principal)
+    cache_tenant: str | None = None
     arrival: float = field(default_factory=time.monotonic)
     judged: list[Judged] = field(default_factory=list)
     reply_headers: dict[str, str] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class GenerationRequest:
         max_tokens: None means as many as the context holds (chat) or what the adapter chose.
         stop: stop strings; not part of the output.
         seed: None means a random one.
+        priority: lower runs first; None means that of the principal.
         logprobs: number of alternatives per token; None reports nothing.
         max_tokens_param, prompt_param: wire names for error messages.
     """
@@ -96,7 +99,7 @@ class GenerationRequest:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
-    priority: int = 0
+    priority: int | None = None
     cache_salt: str = ""
     add_special_tokens: bool = True
     skip_special_tokens: bool = True

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-
-import msgspec
+from collections.abc import AsyncGenerator, Sequence
 
 from inferflux_core.access.admission import Admitted
 from inferflux_core.access.services import AccessServices
@@ -27,7 +23,6 @@ from inferflux_core.errors import (
     DrainingError,
     InvalidRequestError,
     OverloadedError,
-    RateLimitError,
     RequestError,
     RequestTimeoutError,
     UnavailableError,
@@ -36,11 +31,11 @@ from inferflux_core.interfaces import Tokenizer
 from inferflux_core.models.detokenizer import Detokenizer
 from inferflux_core.models.manager import ModelManager, ServedModel
 from inferflux_core.serving.generation import (
-    ChatPrompt,
     Delta,
     Done,
     Event,
     GenerationRequest,
+    Outcome,
     Prompt,
     RequestContext,
     Started,
@@ -48,6 +43,8 @@ from inferflux_core.serving.generation import (
     TokenText,
     Usage,
 )
+from inferflux_core.serving.observer import Observer
+from inferflux_core.serving.request_facts import parameter_digest, prompt_size, prompt_texts
 from inferflux_core.serving.services import ServerState
 from inferflux_core.telemetry.metrics import Metrics
 
@@ -117,7 +114,7 @@ class Pipeline:
         """
         self._running += 1
         self._idle.clear()
-        observer = _Observer(context, request.model, self._metrics)
+        observer = Observer(context, request.model, self._metrics)
         try:
             # Closed here and not by the garbage collector, so that a client that leaves stops its generation at once.
             async with contextlib.aclosing(self._answer(context, request, observer)) as events:
@@ -133,23 +130,23 @@ class Pipeline:
                 self._idle.set()
 
     async def _answer(
-        self, context: RequestContext, request: GenerationRequest, observer: _Observer
+        self, context: RequestContext, request: GenerationRequest, observer: Observer
     ) -> AsyncGenerator[Event, None]:
         if self._state.draining:
             raise DrainingError("The server is shutting down. Please retry; another server may answer.")
         principal, outcome = context.principal, context.outcome
         outcome.requested_model = request.model
-        outcome.parameters = _digest(request)
         model = self._access.admission.find(principal, self._models, request.model, "generate", context.judged)
         observer.model = outcome.model = model.name
         outcome.fingerprint = model.fingerprint
         admitted = await self._access.admission.admit(principal, model.name)
+        context.reply_headers |= admitted.headers
         used_tokens = 0
         try:
             await self._models.wait_ready(model, context.deadline)
             engine = model.ready_engine()
             tokenizer = model.ready_tokenizer()
-            outcome.content = self._access.audit.content("\n".join(_texts(request))) if self._access.audit.keeps_content else {}
+            await self._describe(request, outcome)
             prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
             engine_requests = self._engine_requests(context, request, admitted, model, prompts)
             await self._reserve(context, admitted, prompts, engine_requests)
@@ -161,7 +158,7 @@ class Pipeline:
                     async for event in events:
                         yield event
             except UnavailableError:
-                if observer.num_generated == 0:
+                if not any(choice.num_generated for choice in choices.values()):
                     used_tokens = 0  # the server's fault, and nothing was delivered
                 raise
             finally:
@@ -174,13 +171,18 @@ class Pipeline:
     async def _reserve(
         self, context: RequestContext, admitted: Admitted, prompts: Sequence[list[int]], requests: Sequence[EngineRequest]
     ) -> None:
+        await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests), len(requests))
         context.reply_headers |= admitted.headers
-        try:
-            await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests), len(requests))
-        except RateLimitError as error:
-            self._metrics.rate_limited(error.kind)
-            raise
-        context.reply_headers |= admitted.headers
+
+    async def _describe(self, request: GenerationRequest, outcome: Outcome) -> None:
+        """For the audit log, if there is one: a digest of the parameters, and what it keeps of the prompts."""
+        audit = self._access.audit
+        if not audit.enabled:
+            return
+        outcome.parameters = parameter_digest(request)
+        if audit.keeps_content:
+            # Looking for what is to be blacked out in a long prompt takes a while.
+            outcome.content = await asyncio.to_thread(lambda: audit.content("\n".join(prompt_texts(request))))
 
     async def _run(
         self,
@@ -190,7 +192,7 @@ class Pipeline:
         engine_requests: list[EngineRequest],
         choices: dict[str, _Choice],
         prompts: Sequence[list[int]],
-        observer: _Observer,
+        observer: Observer,
     ) -> AsyncGenerator[Event, None]:
         stream = OutputStream()
         deadline = asyncio.get_running_loop().call_later(
@@ -231,7 +233,7 @@ class Pipeline:
 
     async def _tokenize(self, model: ServedModel, request: GenerationRequest, prompt: Prompt) -> list[int]:
         limit = model.max_model_len or 0
-        size = _size(prompt)
+        size = prompt_size(prompt)
         if size > limit * _MAX_BYTES_PER_TOKEN:
             raise ContextLengthExceededError(
                 f"This model's maximum context length is {limit} tokens. Your input of {size} characters is longer than "
@@ -259,6 +261,7 @@ class Pipeline:
                     f"token id {token} is outside this model's vocabulary of {tokenizer.vocab_size}",
                     param="logit_bias" if token in request.logit_bias else "stop_token_ids",
                 )
+        own = context.principal.priority
         requests: list[EngineRequest] = []
         for prompt in prompts:
             max_tokens = self._max_tokens(request, model, len(prompt))
@@ -287,10 +290,10 @@ class Pipeline:
                         prompt_token_ids=prompt,
                         params=params,
                         # Tenants never see each other's prefixes, not even in the time a first token takes.
-                        cache_salt=f"{context.principal.tenant}\0{request.cache_salt}",
+                        cache_salt=f"{context.cache_tenant or context.principal.tenant}\0{request.cache_salt}",
                         tenant=context.principal.tenant,
                         # Lower runs first: a request may stand back behind its principal's priority, never in front of it.
-                        priority=max(request.priority, context.principal.priority),
+                        priority=own if request.priority is None else max(own, request.priority),
                         arrival_time=context.arrival,
                     )
                 )
@@ -349,76 +352,3 @@ class Pipeline:
             completion_tokens=sum(choice.num_generated for choice in choices),
             cached_tokens=sum(choice.num_cached for choice in choices[:: request.n]),
         )
-
-
-class _Observer:
-    """Times one request for the metrics, however it ends."""
-
-    def __init__(self, context: RequestContext, model: str | None, metrics: Metrics) -> None:
-        self.model = model or ""
-        self.num_generated = 0
-        self._context = context
-        self._metrics = metrics
-        self._first: float | None = None
-        self._last = 0.0
-        self._queue_time: float | None = None
-        self._status = 499  # until it is known better: the client left
-        self._finish_reason = "abort"
-
-    def outputs_arrived(self, stream: OutputStream) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-            self._queue_time = max(0.0, (stream.started_at or now) - self._context.arrival)
-        else:
-            self._metrics.inter_token(self.model, now - self._last)
-        self._last = now
-
-    def done(self, finish_reason: str) -> None:
-        self._status = 200
-        self._finish_reason = finish_reason
-
-    def failed(self, error: RequestError) -> None:
-        self._status = error.status
-        self._finish_reason = "error"
-        self._metrics.error(error.code or error.type)
-
-    def closed(self) -> None:
-        first = self._first
-        self._metrics.request_finished(
-            self._context.endpoint,
-            self.model,
-            self._status,
-            self._finish_reason,
-            duration=time.monotonic() - self._context.arrival,
-            ttft=None if first is None else first - self._context.arrival,
-            queue_time=self._queue_time,
-            num_generated=self.num_generated,
-            decode_time=None if first is None else self._last - first,
-        )
-
-
-_PARAMETERS = tuple(field.name for field in dataclasses.fields(GenerationRequest) if field.name != "prompts")
-
-
-def _digest(request: GenerationRequest) -> str:
-    """A short digest of everything in a request but its prompts: equal for equal parameters, and it tells none of them."""
-    values = msgspec.json.encode([getattr(request, name) for name in _PARAMETERS])
-    return hashlib.blake2b(values, digest_size=8).hexdigest()
-
-
-def _texts(request: GenerationRequest) -> Iterator[str]:
-    """The prompts as text, for an audit log that keeps them; token ids as numbers."""
-    for prompt in request.prompts:
-        if isinstance(prompt, ChatPrompt):
-            for message in prompt.messages:
-                yield f"{message.get('role')}: {message.get('content')}"
-        else:
-            yield prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-
-
-def _size(prompt: Prompt) -> int:
-    """Characters of a prompt, tokens for token ids; a lower bound of what it is as text."""
-    if isinstance(prompt, ChatPrompt):
-        return sum(len(content) for message in prompt.messages if isinstance(content := message.get("content"), str))
-    return len(prompt)

@@ -29,6 +29,8 @@ _PATIENCE_S = 5.0  # for a disk that fails while the server stops
 class AuditLog:
     """The audit log of a server: events go in here, a thread writes them."""
 
+    enabled = True
+
     def __init__(self, settings: AuditSettings, state_dir: Path, on_count: Callable[[str], None]) -> None:
         """Args:
         on_count: called with `records`, `write_failures` or `dropped` to add 1; from any thread.
@@ -298,6 +300,7 @@ class NoAudit:
 
     healthy = True
     head = 0
+    enabled = False
     keeps_content = False
 
     async def start(self) -> None:

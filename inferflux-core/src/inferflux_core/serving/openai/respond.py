@@ -13,7 +13,7 @@ from inferflux_core.serving.disconnect import while_connected
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.event_stream import ChunkFormat, EventStream
 from inferflux_core.serving.exchange import Exchange
-from inferflux_core.serving.generation import GenerationRequest, RequestContext
+from inferflux_core.serving.generation import GenerationRequest
 from inferflux_core.serving.openai.answer import Answer, collect
 from inferflux_core.serving.services import Services
 
@@ -45,16 +45,8 @@ async def respond(
         ClientDisconnected: the client left before the answer was complete.
     """
     exchange = Exchange.of(request.scope)
-    context = RequestContext(
-        endpoint=endpoint,
-        deadline=exchange.arrival + services.settings.server.request_timeout_s,
-        request_id=exchange.request_id,
-        arrival=exchange.arrival,
-        principal=exchange.principal,
-        judged=exchange.judged,
-    )
+    context = exchange.begin_generation(endpoint, services.settings.server.request_timeout_s)
     context.outcome.stream = stream
-    exchange.context = context
     exchange.in_pipeline = True
     events = services.pipeline.generate(context, generation)
     if stream:

@@ -153,7 +153,7 @@ class SamplingBody(BaseModel):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
-            priority=self.priority or 0,
+            priority=self.priority,
             cache_salt=self.cache_salt or "",
             add_special_tokens=self.add_special_tokens is not False,
             skip_special_tokens=self.skip_special_tokens is not False,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -124,28 +125,31 @@ class TemplateReply(msgspec.Struct, frozen=True):
 def token_routes(services: Services) -> APIRouter:
     """The routes that show how a model reads text."""
     router = APIRouter(tags=["Tokens"], route_class=GuardedRoute)
-    models, reader = services.models, BodyReader(services.settings.server)
+    models, admission, reader = services.models, services.access.admission, BodyReader(services.settings.server)
 
-    def find(request: Request, name: str | None) -> ModelView:
+    @contextlib.asynccontextmanager
+    async def using(request: Request, name: str | None) -> AsyncIterator[ModelView]:
+        """The model, if this credential may see it; the request counts against the credential's quota."""
         exchange = Exchange.of(request.scope)
-        view: ModelView = services.access.admission.see(exchange.principal, models, name)
+        view: ModelView = admission.see(exchange.principal, models, name)
         exchange.model = view.name
-        return view
+        async with admission.counted(exchange.principal, view.name):
+            yield view
 
     @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply, ContentReply))
     @model_checked
     async def tokenize(request: Request) -> Response:
         """Token ids of a text or a conversation."""
         body = await reader.read(request, TokenizeBody)
-        view = find(request, body.model)
         text, add_special = body.text()
         parse_special = body.content is not None if body.parse_special is None else body.parse_special
-        tokens = await models.tokenize(view, text, add_special, parse_special)
-        if body.content is None:
-            texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
-            return json_response(encode(TokenizeReply(len(tokens), view.max_model_len, tokens, texts)))
-        if body.with_pieces:
-            return json_response(encode(ContentReply(await asyncio.to_thread(_pieces, _tokenizer(view), tokens))))
+        async with using(request, body.model) as view:
+            tokens = await models.tokenize(view, text, add_special, parse_special)
+            if body.content is None:
+                texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
+                return json_response(encode(TokenizeReply(len(tokens), view.max_model_len, tokens, texts)))
+            if body.with_pieces:
+                return json_response(encode(ContentReply(await asyncio.to_thread(_pieces, _tokenizer(view), tokens))))
         return json_response(encode(ContentReply(tokens)))
 
     @router.post("/detokenize", **documented(DetokenizeBody, DetokenizeReply))
@@ -153,8 +157,8 @@ def token_routes(services: Services) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """The text of token ids, control tokens included; invalid UTF-8 becomes U+FFFD."""
         body = await reader.read(request, DetokenizeBody)
-        tokenizer = _tokenizer(find(request, body.model))
-        text = await asyncio.to_thread(_decode, tokenizer, body.tokens)
+        async with using(request, body.model) as view:
+            text = await asyncio.to_thread(_decode, _tokenizer(view), body.tokens)
         return json_response(encode(DetokenizeReply(text, text)))
 
     @router.post("/apply-template", **documented(TemplateBody, TemplateReply))
@@ -162,8 +166,8 @@ def token_routes(services: Services) -> APIRouter:
     async def apply_template(request: Request) -> Response:
         """The text that the model's chat template makes of a conversation."""
         body = await reader.read(request, TemplateBody)
-        view = find(request, body.model)
-        text = await asyncio.to_thread(models.render_chat, view, to_chat_prompt(body.messages))
+        async with using(request, body.model) as view:
+            text = await asyncio.to_thread(models.render_chat, view, to_chat_prompt(body.messages))
         return json_response(encode(TemplateReply(text)))
 
     return router
