@@ -169,7 +169,7 @@ def test_40_what_is_kept_of_a_key_is_no_key(server: ApiServer) -> None:
 def test_40_strings_of_the_trade(server: ApiServer, line: str) -> None:
     reply = models(server, line)
     assert (reply.status, reply.error) == (401, UNAUTHORIZED["error"])
-    assert reply.headers["www-authenticate"] == "Bearer"
+    assert reply.headers["www-authenticate"] == 'Bearer error="invalid_token"'
 
 
 def test_40_digits_of_other_scripts(server: ApiServer) -> None:

@@ -20,7 +20,7 @@ from joserfc import jws
 from core.cli.stub_server import StubServer
 from inferflux_core.cli.api_errors import ApiError
 from inferflux_core.cli.inferctl import inferctl
-from inferflux_core.cli.login_session import LoginSession, stored_credential
+from inferflux_core.cli.login_session import LoginSession
 from inferflux_core.cli.token_store import Login, TokenStore
 from oidc.login_case import log_in, private_state, resource_server
 from oidc.real_provider import RealProvider, real_provider
@@ -126,7 +126,7 @@ def test_an_explicit_issuer_and_scope_need_no_metadata(monkeypatch: pytest.Monke
         arguments = ("--issuer", provider.url, "--scope", "infer:admin")
         result, _ = log_in(monkeypatch, server.url, lambda _, opened: provider.sign_in(opened), *arguments)
         assert (result.exit_code, server.requests) == (0, [])
-    token = stored_credential(server.url)
+    token = LoginSession(TokenStore.of_user(), server.url).access_token()
     assert token is not None
     assert (claims(token)["aud"], claims(token)["scope"]) == (server.url, "infer:admin")
 
@@ -199,7 +199,7 @@ def test_logout_revokes_the_login_and_forgets_it(monkeypatch: pytest.MonkeyPatch
         assert provider.introspect(kept.access_token) == {"active": False}
         assert refreshed(provider, kept.refresh_token).json()["error"] == "invalid_grant"
         assert [path.suffix for path in logins.iterdir()] == [".lock"]
-        assert stored_credential(url) is None
+        assert LoginSession(TokenStore.of_user(), url).access_token() is None
         again = CliRunner().invoke(inferctl, ["--url", url, "logout"])
         assert (again.exit_code, again.stdout) == (0, f"There is no login at {url}\n")
 

@@ -15,7 +15,7 @@ from core.cli.stub_server import Exchange, StubServer
 from inferflux_core.cli.api_errors import ApiError
 from inferflux_core.cli.endpoint import Endpoint
 from inferflux_core.cli.inferctl import inferctl
-from inferflux_core.cli.login_session import LoggedInClient, LoginSession, stored_credential
+from inferflux_core.cli.login_session import LoggedInClient, LoginSession
 from inferflux_core.cli.token_store import Login, TokenStore
 from oidc.login_case import fake_keyring, private_state, replying
 
@@ -93,7 +93,7 @@ def test_only_its_owner_can_read_a_login(logins: Path) -> None:
 def test_a_login_is_for_one_server_only() -> None:
     TokenStore.of_user().save(LOGIN)
     for other in ("https://llm.test.evil", "http://llm.test", f"{SERVER}/v2", f"{SERVER}:444"):
-        assert stored_credential(other) is None
+        assert LoginSession(TokenStore.of_user(), other).access_token() is None
 
 
 def test_a_file_that_was_moved_to_another_servers_place_is_refused(logins: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_file_that_was_moved_to_another_servers_place_is_refused(logins: Path)
     (file,) = logins.iterdir()
     file.rename(store._path("https://evil.test"))
     with pytest.raises(ApiError, match=r"is of the server 'https://llm\.test'"):
-        stored_credential("https://evil.test")
+        LoginSession(TokenStore.of_user(), "https://evil.test").access_token()
 
 
 def test_tokens_are_in_no_repr() -> None:

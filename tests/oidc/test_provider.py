@@ -59,25 +59,12 @@ async def test_metadata_name_the_issuers_and_the_scopes() -> None:
         }
 
 
-@pytest.mark.parametrize(
-    ("resource", "challenge"),
-    [
-        (
-            "https://llm.example.com",
-            'Bearer error="invalid_token", resource_metadata="https://llm.example.com/.well-known/oauth-protected-resource"',
-        ),
-        (
-            "https://example.com/llm/",
-            'Bearer error="invalid_token", resource_metadata="https://example.com/.well-known/oauth-protected-resource/llm"',
-        ),
-        (None, 'Bearer error="invalid_token"'),
-    ],
-)
-async def test_a_refusal_says_where_to_get_a_token(resource: str | None, challenge: str) -> None:
-    async with checking({**ISSUER, "audiences": ["a"]}, resource=resource) as checked:
+async def test_a_refusal_says_nothing_to_the_client_and_leaves_the_challenge_to_the_server() -> None:
+    async with checking({**ISSUER, "audiences": ["a"]}, resource="https://llm.example.com") as checked:
         with pytest.raises(AuthenticationError) as caught:
             await checked.principal("no.such.token")
-    assert caught.value.headers == {"WWW-Authenticate": challenge}
+    assert caught.value.reason == "token_malformed"
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"}
     assert "token" not in str(caught.value.body()).replace("access token", "")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from inferflux_auth_oidc.claim_checks import check_subject, expiry
 from inferflux_auth_oidc.refusal import Refusal
-from inferflux_auth_oidc.settings import TENANT, IssuerSettings
-from inferflux_core.identity import ACTIONS, Action, Principal
+from inferflux_auth_oidc.settings import IssuerSettings
+from inferflux_core.identity import ACTIONS, TENANT, Action, Principal
 
 _MAX_ROLES = 256
 _MAX_ROLE = 256  # characters

@@ -12,7 +12,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
 
 from inferflux_auth_oidc.claim_checks import check_claims, check_client
 from inferflux_auth_oidc.compact_token import CompactToken, check_length, has_jwe_form, has_jwt_form, take_apart
@@ -29,7 +28,8 @@ from inferflux_core.identity import ACTIONS, AuthContext, AuthProvider, Principa
 
 logger = logging.getLogger("inferflux.oidc")
 
-_API_KEY_PREFIX = "ifx_"  # those are the keys' provider's, whatever is wrong with them
+# Those are the keys' provider's, whatever is wrong with them: `access.key_format.PREFIX` of inferflux-core, which is its own.
+_API_KEY_PREFIX = "ifx_"
 _ACCESS_TOKEN_TYPES = frozenset({"at+jwt", "application/at+jwt"})
 _ID_TOKEN_CLAIMS = frozenset({"nonce", "at_hash", "c_hash"})
 _B64TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750, what a bearer token may consist of
@@ -130,8 +130,6 @@ class OidcProvider(AuthProvider):
         }
         self._opaque = next((i.introspection for i in self._issuers.values() if i.introspection is not None), None)
         self._reads_jwt = any(issuer.jwt for issuer in settings.issuers)
-        where = "" if context.resource is None else f', resource_metadata="{_metadata_url(context.resource)}"'
-        self._challenge = 'Bearer error="invalid_token"' + where
 
     async def start(self) -> None:
         """Fetch the keys of every issuer. One that cannot be reached now is tried again when a token needs it."""
@@ -153,7 +151,7 @@ class OidcProvider(AuthProvider):
         try:
             return await self._authenticate(credential)
         except Refusal as refusal:
-            raise AuthenticationError(refusal.reason, challenge=self._challenge) from None
+            raise AuthenticationError(refusal.reason) from None
         except Unavailable as unavailable:
             raise AccessUnavailableError(
                 "The identity provider cannot be reached, so the access token cannot be checked. Please retry later.",
@@ -180,9 +178,3 @@ class OidcProvider(AuthProvider):
     def metadata(self) -> Mapping[str, object]:
         scopes = {issuer.scope_of(action) for issuer in self._settings.issuers for action in ACTIONS}
         return {"authorization_servers": list(self._issuers), "scopes_supported": sorted(scopes)}
-
-
-def _metadata_url(resource: str) -> str:
-    """Where a resource's metadata are: the well-known path goes between its host and its own path (RFC 9728, section 3.1)."""
-    parts = urlsplit(resource)
-    return f"{parts.scheme}://{parts.netloc}/.well-known/oauth-protected-resource{parts.path.rstrip('/')}"

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from inferflux_auth_oidc.urls import check_url
-from inferflux_core.identity import Action
+from inferflux_core.identity import TENANT, Action
 from inferflux_core.settings import Group
 
 Algorithm = Literal[
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"
 ]  # fmt: skip
 """Signatures only. Shared-secret algorithms and `none` cannot even be configured."""
-
-TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class ClaimSettings(Group):

@@ -6,7 +6,7 @@ The reference page (`docs/settings.md`) is generated from these classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
@@ -209,6 +209,21 @@ class LimitTable(Group):
     default: Limits = Field(default_factory=Limits, description="Of each key or user that has no limits of its own.")
     tenants: dict[str, Limits] = Field(default_factory=dict, description="Of a whole tenant, by its name; `*` for others.")
     models: dict[str, Limits] = Field(default_factory=dict, description="Of all use of a model, by its name; `*` for others.")
+
+    @model_validator(mode="after")
+    def _names_that_can_match(self) -> Self:
+        """A quota under a name that nobody has limits nobody, and would be believed to."""
+        from inferflux_core.identity import TENANT  # which needs this module
+
+        for tenant in self.tenants:
+            if tenant != "*" and TENANT.fullmatch(tenant) is None:
+                raise ValueError(
+                    f"{tenant[:128]!r} is not a tenant; use letters, digits and '._-', at most 64, or '*' for all others"
+                )
+        for model in self.models:
+            if not model or ("*" in model and model != "*"):
+                raise ValueError(f"{model[:128]!r} is not a model's name; there are no patterns here, but '*' for all others")
+        return self
 
 
 class LimitSettings(LimitTable):

@@ -18,13 +18,25 @@ def state_dir_path(settings: Settings) -> Path:
     """
     if settings.state_dir is not None:
         return settings.state_dir.absolute()
+    try:
+        return user_state_dir()
+    except ConfigError as error:
+        raise ConfigError(f"state_dir: {error}; or set state_dir to a folder of its own") from error
+
+
+def user_state_dir() -> Path:
+    """The folder in which programs of this user keep what is InferFlux's: below `$XDG_STATE_HOME` or `~/.local/state`.
+
+    Raises:
+        ConfigError: this user has no home folder.
+    """
     base = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
         return Path(base) / "inferflux"
     try:
         home = Path.home()
     except RuntimeError as error:
-        raise ConfigError("state_dir: this user has no home folder; set state_dir to a folder of its own") from error
+        raise ConfigError("this user has no home folder; set XDG_STATE_HOME to an absolute path") from error
     return home / ".local" / "state" / "inferflux"
 
 

@@ -283,7 +283,7 @@ def _no_checkpoints_folder(folder: Path) -> None:
         (lambda folder: (folder / "audit.jsonl").unlink(), "ends with record 0, but a checkpoint says that it had 5"),
         (_other_key, "record 5 of the audit log .* was not written with the key of this server"),
         (_short_key, "has 1 bytes instead of 32"),
-        (_open_key, r"others may read the secret .*audit.key' \(mode 644\)"),
+        (_open_key, r"the audit key .*audit.key' can be read or written by others \(mode 644\)"),
         (_change_last, "record 5 of the audit log .* or was changed"),
         (_cut_last, "ends with record 4, but a checkpoint says that it had 5"),
         (

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from inferflux_core.access.api_key_settings import ApiKeySettings, StaticKey
 from inferflux_core.access.key_format import new_key
 from inferflux_core.access.pepper import Pepper, SecretHash, load_pepper
-from inferflux_core.access.private_files import create_private
 from inferflux_core.access.static_keys import read_static_keys, static_hash
 from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import create_private
 
 KEY = new_key()[1]
 PEPPER = Pepper("b", b"b" * 32, {"a": b"a" * 32})

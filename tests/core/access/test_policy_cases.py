@@ -62,7 +62,7 @@ def test_what_fails_is_told_with_the_rule_that_decided() -> None:
 
 def test_the_example_is_without_fault_and_passes_its_tests() -> None:
     text = (EXAMPLES / "policy.csv").read_bytes()
-    assert check_policy(text, "policy.csv") == []
+    assert check_policy(text) == []
     cases = read_cases((EXAMPLES / "tests.csv").read_bytes(), "tests.csv")
     assert len(cases) == 20
     assert run_cases(Policy.compile(text, "policy.csv"), cases) == []

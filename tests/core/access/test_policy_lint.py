@@ -20,7 +20,7 @@ INVISIBLE = "it has a control character or one that cannot be seen; write the li
 
 
 def check(text: str) -> list[str]:
-    return [str(problem) for problem in check_policy(text.encode(), "policy.csv")]
+    return [str(problem) for problem in check_policy(text.encode())]
 
 
 def test_comments_blank_lines_spaces_and_both_line_ends_are_read() -> None:
@@ -160,7 +160,7 @@ LINES = st.lists(
 def test_any_text_is_either_understood_in_full_or_refused_with_real_lines(lines: list[str]) -> None:
     text = "\n".join(lines) + "\n"
     data = text.encode("utf-8", "surrogatepass")
-    problems = check_policy(data, "policy.csv")
+    problems = check_policy(data)
     count = data.count(b"\n")
     assert all(p.line is None or 1 <= p.line <= count for p in problems)
     if not any(p.severity == "error" for p in problems):
@@ -172,4 +172,4 @@ def test_any_text_is_either_understood_in_full_or_refused_with_real_lines(lines:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_without_an_accident(data: bytes) -> None:
-    assert all(isinstance(problem, Problem) for problem in check_policy(data, "policy.csv"))
+    assert all(isinstance(problem, Problem) for problem in check_policy(data))

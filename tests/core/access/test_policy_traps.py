@@ -18,7 +18,7 @@ from inferflux_core.identity import Action, Principal
 
 def problems_of(text: str | bytes) -> list[tuple[int | None, str, str]]:
     data = text if isinstance(text, bytes) else text.encode()
-    return [(p.line, p.severity, p.message) for p in check_policy(data, "policy.csv")]
+    return [(p.line, p.severity, p.message) for p in check_policy(data)]
 
 
 def error_of(text: str | bytes) -> tuple[int | None, str]:

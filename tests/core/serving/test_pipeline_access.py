@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from inferflux_core.access.admission import RESERVED_OUTPUT_TOKENS, Admission
-from inferflux_core.access.failure_limit import FailureLimit
-from inferflux_core.access.limits import Demand, Lease, Limiter, LimitRules, LimitTable
-from inferflux_core.access.services import AccessServices
-from inferflux_core.engine.client import EngineClient
-from inferflux_core.engine.inprocess import InProcessEngineClient
-from inferflux_core.engine.loop import EngineSpec
-from inferflux_core.engine.types import EngineRequest
+from core.serving.noted_leases import ENDLESS, KEY, PROMPT, Stand, exhaust, made, request, standing
+from inferflux_core.access.admission import RESERVED_OUTPUT_TOKENS
+from inferflux_core.access.limits import LimitTable
 from inferflux_core.errors import (
     AccessUnavailableError,
     ContextLengthExceededError,
@@ -33,143 +26,8 @@ from inferflux_core.errors import (
     RequestTimeoutError,
 )
 from inferflux_core.identity import Principal
-from inferflux_core.models.manager import ModelManager
-from inferflux_core.plugins import load_plugins
-from inferflux_core.serving.generation import Delta, Done, Event, GenerationRequest, RequestContext, Started
-from inferflux_core.serving.pipeline import Pipeline
-from inferflux_core.serving.services import ServerState
-from inferflux_core.settings import Limits, Settings
-from inferflux_core.telemetry.metrics import Metrics
-
-ENDLESS = 4000
-PROMPT = "twelve bytes"
-KEY = Principal(subject="key:k1", tenant="acme", method="api_keys")
-
-
-class Watched(InProcessEngineClient):
-    """An engine in a thread that says what it was given, and fails when it is told to."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.given: list[EngineRequest] = []
-
-    def _send(self, requests: list[EngineRequest]) -> None:
-        self.given += requests
-        super()._send(requests)
-
-    def crash(self) -> None:
-        self._on_crash("a test")
-
-
-@dataclass
-class Book(Limiter):
-    """Lets everything pass unless told otherwise, and notes what is done with each lease."""
-
-    entries: list[str] = field(default_factory=list)
-    refuse: str = ""
-    demands: Sequence[Demand] = ()
-
-    async def acquire(self, demands: Sequence[Demand], model: str) -> Lease:
-        self.demands = demands
-        if self.refuse == "acquire":
-            raise RateLimitError("no", kind="requests", retry_after=1.0, limit_headers={"x-ratelimit-remaining-requests": "0"})
-        self.entries.append(f"acquire {model}")
-        return _Noted(self)
-
-
-class _Noted(Lease):
-    def __init__(self, book: Book) -> None:
-        self._book = book
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"x-ratelimit-remaining-tokens": str(len(self._book.entries))}
-
-    async def reserve_tokens(self, tokens: int) -> None:
-        if self._book.refuse == "reserve":
-            raise RateLimitError("no", kind="tokens", retry_after=1.0)
-        if self._book.refuse == "store":
-            raise AccessUnavailableError("no", code="limits_unavailable")
-        self._book.entries.append(f"reserve {tokens}")
-
-    async def settle(self, used_tokens: int) -> None:
-        self._book.entries.append(f"settle {used_tokens}")
-
-
-@dataclass
-class Remembering(NoAudit):
-    enabled = True
-    keeps_content: bool = True
-
-    def content(self, text: str) -> dict[str, Any]:
-        return {"prompt": text}
-
-
-@dataclass
-class Stand:
-    pipeline: Pipeline
-    book: Book
-    models: ModelManager
-    state: ServerState
-    metrics: Metrics
-
-    @property
-    def engine(self) -> Watched:
-        engine = self.models.get(None).ready_engine()
-        assert isinstance(engine, Watched)
-        return engine
-
-    async def idle(self) -> None:
-        """Wait until nothing runs any more, in the engine either."""
-        await self.pipeline.wait_until_idle()
-        assert self.engine.num_requests == 0
-
-    async def ask(self, principal: Principal = KEY, **fields: Any) -> tuple[list[Event], RequestContext]:
-        context = made(principal)
-        return [event async for event in self.pipeline.generate(context, request(**fields))], context
-
-    async def refused(self, error: type[RequestError], **fields: Any) -> RequestContext:
-        context = made(KEY)
-        with pytest.raises(error):
-            await _exhaust(self.pipeline.generate(context, request(**fields)))
-        return context
-
-
-def made(principal: Principal, seconds: float = 30.0) -> RequestContext:
-    return RequestContext(endpoint="/test", deadline=time.monotonic() + seconds, principal=principal)
-
-
-def request(**fields: Any) -> GenerationRequest:
-    values = {"model": "tiny", "prompts": [PROMPT], "max_tokens": 4, "temperature": 0.0, "add_special_tokens": False, **fields}
-    return GenerationRequest(**{"ignore_eos": True, **values})
-
-
-@contextlib.asynccontextmanager
-async def standing(table: LimitTable | None = None, **groups: Any) -> AsyncIterator[Stand]:
-    models = [{"source": "fake", "name": "tiny", "aliases": ["small"]}]
-    settings = Settings.model_validate({"models": models, **groups})
-    registry, metrics, book, state = load_plugins(), Metrics(), Book(), ServerState()
-
-    def engine(name: str, spec: EngineSpec) -> EngineClient:
-        return Watched(name, spec, settings.engine, registry)
-
-    rules = LimitRules(table or LimitTable())
-    admission = Admission(
-        providers=(),
-        metadata_url=None,
-        policy=None,
-        limiter=book,
-        limit_rules=rules,
-        failures=FailureLimit(20),
-        metrics=metrics,
-    )
-    access = AccessServices(admission=admission, limiter=book, limit_rules=rules, audit=Remembering())  # type: ignore[arg-type]  # all that the pipeline asks of one
-    manager = ModelManager(settings, registry, engine)
-    await manager.load()
-    try:
-        yield Stand(Pipeline(manager, access, metrics, state), book, manager, state, metrics)
-    finally:
-        await manager.stop()
+from inferflux_core.serving.generation import Delta, Done, Started
+from inferflux_core.settings import Limits
 
 
 @pytest.fixture
@@ -285,7 +143,7 @@ async def test_a_full_queue_costs_nothing() -> None:
 async def test_the_deadline_settles(stand: Stand) -> None:
     context = made(KEY, seconds=0.0)
     with pytest.raises(RequestTimeoutError):
-        await _exhaust(stand.pipeline.generate(context, request(max_tokens=ENDLESS)))
+        await exhaust(stand.pipeline.generate(context, request(max_tokens=ENDLESS)))
     await stand.idle()
     assert stand.book.entries[-1] == f"settle {12 + context.outcome.output_tokens}"
     assert len(stand.book.entries) == 3
@@ -309,14 +167,9 @@ async def test_an_engine_that_fails_later_is_charged_for_what_was_delivered(stan
         pass
     stand.engine.crash()
     with pytest.raises(EngineRestartedError):
-        await _exhaust(events)
+        await exhaust(events)
     assert context.outcome.output_tokens > 0
     assert stand.book.entries[-1] == f"settle {12 + context.outcome.output_tokens}"
-
-
-async def _exhaust(events: AsyncGenerator[Event, None]) -> None:
-    async for _ in events:
-        pass
 
 
 # --- what a request may not choose ------------------------------------------------------------------------------------
@@ -370,7 +223,7 @@ async def test_prefixes_are_kept_apart_by_tenant_and_then_by_salt(stand: Stand) 
     assert [found.tenant for found in stand.engine.given] == [tenant for tenant, _ in pairs]
     warming = made(KEY)
     warming.cache_tenant = "globex"  # as an administrator does who fills a tenant's cache beforehand
-    await _exhaust(stand.pipeline.generate(warming, request()))
+    await exhaust(stand.pipeline.generate(warming, request()))
     assert (stand.engine.given[-1].cache_salt, stand.engine.given[-1].tenant) == (stand.engine.given[3].cache_salt, "acme")
     _, again = await stand.ask(Principal(subject="key:k2", tenant="globex", method="oidc"))
     assert stand.engine.given[-1].cache_salt == stand.engine.given[3].cache_salt, "the key does not matter"

@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Callable[[Files], TlsSettings], str, str]] = {
     "key for all": (
         lambda f: f.settings(key=written(f.folder / "open.key", f.server.key.read_bytes(), 0o644)),
         "open.key",
-        "can be read or changed by others (mode 644); chmod 600 it",
+        "can be read or written by others (mode 644); run: chmod 600",
     ),
     "key with password": (
         lambda f: f.settings(key=f.ca.issue("locked", password=b"secret").key),
@@ -126,7 +126,7 @@ def test_the_server_does_not_start_without_its_key(files: Files) -> None:
     with starting(*fake(), *arguments(files)) as served:
         assert served.process.wait(30) == 2
         served._reader.join(30)
-        assert "can be read or changed by others (mode 640); chmod 600 it" in "".join(served.log)
+        assert "can be read or written by others (mode 640); run: chmod 600" in "".join(served.log)
         assert served.url == ""
 
 

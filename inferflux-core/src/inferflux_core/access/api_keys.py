@@ -22,13 +22,12 @@ from inferflux_core.access import key_rows
 from inferflux_core.access.api_key_settings import ApiKeySettings
 from inferflux_core.access.key_format import PREFIX, new_key, parse_key
 from inferflux_core.access.key_records import KeyRecord, key_principal
-from inferflux_core.access.key_ring import KeyRing, open_keys
+from inferflux_core.access.key_ring import open_keys
 from inferflux_core.access.pepper import SecretHash
 from inferflux_core.access.static_keys import read_static_keys
+from inferflux_core.client_network import parse_address
 from inferflux_core.errors import AccessUnavailableError, AuthenticationError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider, Principal
-
-__all__ = ["ApiKeyProvider", "ApiKeySettings", "KeyRing", "open_keys"]
 
 logger = logging.getLogger("inferflux.access")
 
@@ -216,10 +215,5 @@ def _refusal(known: _Known, secret: SecretHash | None, address: str | None, now:
 
 
 def _is_within(address: str | None, networks: tuple[_Network, ...]) -> bool:
-    try:
-        ip = ipaddress.ip_address(address or "")
-    except ValueError:
-        return False
-    if ip.version == 6 and ip.ipv4_mapped is not None:  # an IPv4 client of a socket that speaks both
-        ip = ip.ipv4_mapped
-    return any(ip in network for network in networks)
+    parsed = parse_address(address or "")
+    return parsed is not None and any(parsed in network for network in networks)

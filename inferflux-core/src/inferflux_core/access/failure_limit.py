@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 
 from inferflux_core.access.limit_usage import MINUTE, TOLERANCE
+from inferflux_core.client_network import client_network
 from inferflux_core.errors import RateLimitError
 
 MAX_ADDRESSES = 65_536
@@ -16,9 +16,9 @@ MAX_ADDRESSES = 65_536
 class FailureLimit:
     """Counts failures by GCRA: `per_minute` may come at once, and one more each time that one has drained.
 
-    An IPv6 client has a whole /64 to choose addresses from; they count as one. Clients without an address (a Unix socket)
-    count as one as well. Memory is bounded: the address that failed least recently is forgotten first. To be forgotten an
-    attacker needs `MAX_ADDRESSES` others, each of which has its own failures to spend anyway.
+    Addresses that one client may choose from count as one, see `client_network`. Memory is bounded: the address that failed
+    least recently is forgotten first. To be forgotten an attacker needs `MAX_ADDRESSES` others, each of which has its own
+    failures to spend anyway.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FailureLimit:
         Raises:
             RateLimitError: too many failures.
         """
-        level, _ = self._level(_network(address))
+        level, _ = self._level(client_network(address))
         over = level + 1 - self._per_minute
         if over > TOLERANCE:
             wait = over * MINUTE / self._per_minute
@@ -51,7 +51,7 @@ class FailureLimit:
 
     def failed(self, address: str | None) -> None:
         """Count a failure. Those that were under way when the limit was reached count too, up to twice the limit."""
-        network = _network(address)
+        network = client_network(address)
         level, now = self._level(network)
         self._failures[network] = (min(level + 1, 2.0 * self._per_minute), now)
         self._failures.move_to_end(network)
@@ -63,16 +63,3 @@ class FailureLimit:
         now = self._monotonic()
         level, at = self._failures.get(network, (0.0, now))
         return max(0.0, level - max(0.0, now - at) * self._per_minute / MINUTE), now
-
-
-def _network(address: str | None) -> str:
-    """What counts as one client: an IPv4 address, also one mapped into IPv6, or the /64 of an IPv6 address."""
-    try:
-        parsed = ipaddress.ip_address(address or "")
-    except ValueError:
-        return ""
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(int(parsed) >> 64)
-    return str(parsed)

@@ -25,9 +25,9 @@ CHECKSUM_LENGTH = 6  # 62**6 > 2**32
 
 _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _ENV = "[a-z][a-z0-9]{0,15}"
-_BODY = rf"ifx_({_ENV})_([0-9A-Za-z]{{{ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}"
+_BODY = rf"{PREFIX}({_ENV})_([0-9A-Za-z]{{{ID_LENGTH}}})_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}"
 
-KEY_PATTERN = rf"\bifx_{_ENV}_[0-9A-Za-z]{{{ID_LENGTH}}}_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}\b"
+KEY_PATTERN = rf"\b{PREFIX}{_ENV}_[0-9A-Za-z]{{{ID_LENGTH}}}_[0-9A-Za-z]{{{SECRET_LENGTH + CHECKSUM_LENGTH}}}\b"
 """Regular expression that finds keys in text, for secret scanners (also in RE2's syntax)."""
 
 _ENV_FORM = re.compile(_ENV)

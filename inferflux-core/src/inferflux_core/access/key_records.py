@@ -13,13 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
-from inferflux_core.identity import ACTIONS, Action, Principal
+from inferflux_core.access.object_match import pattern_problem
+from inferflux_core.identity import ACTIONS, TENANT, Action, Principal
 from inferflux_core.settings import Group, Limits
 
 MAX_LIFETIME_S = 100 * 366 * 86_400.0
 
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MODEL_PATTERN = re.compile(r"[!-~]{1,256}")  # ASCII without spaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,24 @@ class KeyRecord:
     rotated_at: float | None = None
     version: int = 1
 
+    @classmethod
+    def of(cls, terms: KeyTerms, key_id: str, *, created_at: float, expires_at: float | None) -> KeyRecord:
+        """A new record for a key with these terms. `expires_at` is the caller's, since terms can say it in several ways."""
+        return cls(
+            id=key_id,
+            name=terms.name,
+            tenant=terms.tenant,
+            owner=terms.owner,
+            scopes=terms.scopes,
+            roles=terms.roles,
+            models=terms.models,
+            limits=terms.limits,
+            priority=terms.priority,
+            cidr=terms.cidr,
+            created_at=created_at,
+            expires_at=expires_at,
+        )
+
 
 def _name(text: str) -> str:
     if not text.isprintable() or not text.strip():
@@ -75,9 +93,16 @@ def _word(text: str) -> str:
     return text
 
 
+def _tenant(text: str) -> str:
+    if not TENANT.fullmatch(text):
+        raise ValueError(f"{text!r} must be 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    return text
+
+
 def _model_pattern(text: str) -> str:
-    if not _MODEL_PATTERN.fullmatch(text):
-        raise ValueError(f"{text!r} must be 1 to 256 ASCII characters without spaces")
+    # One that can match nothing would make a key that may use nothing, and nobody would be told.
+    if (problem := pattern_problem(text)) is not None:
+        raise ValueError(f"the pattern {text[:128]!r} {problem}")
     return text
 
 
@@ -92,7 +117,7 @@ def _network(text: str) -> str:
 
 KeyName = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_name)]
 Owner = Annotated[str, Field(max_length=256), AfterValidator(_owner)]
-Tenant = Annotated[str, AfterValidator(_word)]
+Tenant = Annotated[str, AfterValidator(_tenant)]
 Scopes = Annotated[frozenset[Action], Field(min_length=1)]
 Roles = Annotated[frozenset[Annotated[str, AfterValidator(_word)]], Field(max_length=64)]
 ModelPatterns = Annotated[tuple[Annotated[str, AfterValidator(_model_pattern)], ...], Field(min_length=1, max_length=256)]

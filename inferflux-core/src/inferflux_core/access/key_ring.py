@@ -68,20 +68,8 @@ class KeyRing:
         now = self._now()
         key_id, key = new_key(self.env)
         secret = self.pepper.hash(key)
-        record = KeyRecord(
-            id=key_id,
-            name=new.name,
-            tenant=new.tenant,
-            owner=new.owner,
-            scopes=new.scopes,
-            roles=new.roles,
-            models=new.models,
-            limits=new.limits,
-            priority=new.priority,
-            cidr=new.cidr,
-            created_at=now,
-            expires_at=_expiry(new.expires_at, new.expires_in_s, now),
-        )
+        expires_at = _expiry(new.expires_at, new.expires_in_s, now)
+        record = KeyRecord.of(new, key_id, created_at=now, expires_at=expires_at)
 
         def insert(connection: sqlite3.Connection) -> None:
             key_rows.insert(connection, record)
@@ -106,8 +94,11 @@ class KeyRing:
             raise _not_found(key_id)
         return self.store.decoded(key_rows.record_of, rows[0])
 
-    async def update(self, key_id: str, change: KeyChange, expected_version: int) -> KeyRecord:
+    async def update(self, key_id: str, change: KeyChange, expected_version: int | None) -> KeyRecord:
         """Change what `change` names.
+
+        Args:
+            expected_version: the version it must have now; None takes any, here and in `rotate` and `revoke`.
 
         Raises:
             NotFoundError: there is no such key.

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from pydantic import SecretStr
 
 from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.private_files import create_private, make_private_folder, read_private
 from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import create_private, make_private_folder, read_private
 
 MIN_BYTES = 32
 MAX_HASHES = 2

@@ -22,7 +22,7 @@ from typing import Literal, NoReturn, cast
 
 from inferflux_core.access.object_match import compile_pattern, is_plain, pattern_problem
 from inferflux_core.errors import ConfigError
-from inferflux_core.identity import ACTIONS, ANONYMOUS, Action
+from inferflux_core.identity import ACTIONS, ANONYMOUS, TENANT, Action
 
 MAX_POLICY_BYTES = 1024 * 1024
 MAX_PROBLEMS = 100
@@ -43,7 +43,6 @@ API_GROUPS = (
 """The groups of the HTTP API that policies name as `api/<group>`."""
 
 _ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
-_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(r"key:[A-Za-z0-9._-]{1,64}")
 _USER = re.compile(r"user:[^|\s]+\|\S(?:.{0,510}\S)?")
 _FIELDS = {
@@ -249,7 +248,7 @@ def _check_subject(subject: str) -> None:
 
 
 def is_tenant(text: str) -> bool:
-    return _TENANT.fullmatch(text) is not None
+    return TENANT.fullmatch(text) is not None
 
 
 def _check_tenant(tenant: str) -> None:

@@ -14,7 +14,7 @@ MAX_RULES = 5000
 MAX_ROLES = 1000
 
 
-def check_policy(text: bytes, source: str) -> list[Problem]:
+def check_policy(text: bytes) -> list[Problem]:
     """Everything that is wrong with a policy, in the order of its lines; errors and warnings."""
     return read_policy(text)[1]
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from inferflux_core.access.policy_cases import read_cases, run_cases
 from inferflux_core.access.policy_file import MAX_POLICY_BYTES, PolicyError, Problem
 from inferflux_core.access.rbac import Policy, version_of
 from inferflux_core.errors import ConflictError, PreconditionFailedError
+from inferflux_core.private_files import sync_folder, temporary_beside
 from inferflux_core.settings import PolicySettings
 from inferflux_core.telemetry.logging import frames_of
 
@@ -135,11 +135,12 @@ class PolicyStore:
             self._next.add_done_callback(self._reload_done)
         return await asyncio.shield(self._next)
 
-    async def replace(self, text: bytes, expected_version: str) -> Policy:
+    async def replace(self, text: bytes, expected_version: str | None) -> Policy:
         """Write a new policy to the file, as it was given, and take it; both or neither.
 
         Args:
-            expected_version: version that the writer has seen: of the policy in force, or of the file if that was refused.
+            expected_version: version that the writer has seen: of the policy in force, or of the file if that was refused;
+                None replaces whatever is there.
 
         Raises:
             PolicyError: the text is not good, or a test fails.
@@ -276,8 +277,10 @@ class PolicyStore:
             raise PolicyError(str(self._file), [Problem(None, f"a test of {file.name!r} fails: {f}") for f in failures])
         return _Candidate(policy, tests)
 
-    def _check_version(self, expected_version: str) -> None:
+    def _check_version(self, expected_version: str | None) -> None:
         """Raises PreconditionFailedError."""
+        if expected_version is None:
+            return
         try:
             on_disk = version_of(_content(self._file))
         except OSError:
@@ -292,29 +295,16 @@ class PolicyStore:
             message = f"The policy is at version {self.current.version!r}, not {expected_version!r}. Read it again, then write."
         raise PreconditionFailedError(message)
 
-    def _write(self, text: bytes, expected_version: str) -> None:
+    def _write(self, text: bytes, expected_version: str | None) -> None:
         """Exchange the file that the path leads to by a new one with the same mode and owner."""
         target = Path(os.path.realpath(self._file))
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(text)
-                    file.flush()
-                    with contextlib.suppress(FileNotFoundError):
-                        before = target.stat()
-                        if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                            with contextlib.suppress(PermissionError):
-                                os.fchown(descriptor, before.st_uid, before.st_gid)
-                        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
-                    os.fsync(descriptor)
+            with temporary_beside(target, text) as temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    _copy_rights(target.stat(), temporary)
                 self._check_version(expected_version)  # checking and testing took a while, in which people edit files
                 temporary.replace(target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             raise ConflictError(
                 f"The policy file cannot be written ({error.strerror}). Change it where it comes from.", code="policy_read_only"
@@ -339,12 +329,12 @@ def _content(path: Path) -> bytes:
         return file.read(MAX_POLICY_BYTES + 1)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _copy_rights(of: os.stat_result, path: Path) -> None:
+    """Give a file the owner, if that may be done, and the mode of another."""
+    if (of.st_uid, of.st_gid) != (os.geteuid(), os.getegid()):
+        with contextlib.suppress(PermissionError):
+            os.chown(path, of.st_uid, of.st_gid)
+    path.chmod(stat.S_IMODE(of.st_mode))
 
 
 def _unreadable(path: Path, message: str) -> _UnreadableError:

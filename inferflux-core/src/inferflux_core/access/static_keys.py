@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from inferflux_core.access.api_key_settings import STATIC_HASH, StaticKey
-from inferflux_core.access.key_format import parse_key
+from inferflux_core.access.key_format import PREFIX, parse_key
 from inferflux_core.access.key_records import KeyRecord
 from inferflux_core.access.pepper import Pepper, SecretHash
 from inferflux_core.errors import ConfigError
@@ -21,7 +21,7 @@ def static_hash(key: str, pepper: Pepper) -> str:
     """
     parsed = parse_key(key)
     if parsed is None:
-        raise ConfigError("that is not a whole key 'ifx_<env>_<id>_<secret>'; copy all of it, or make another one")
+        raise ConfigError(f"that is not a whole key '{PREFIX}<env>_<id>_<secret>'; copy all of it, or make another one")
     secret = pepper.hash(key)
     return f"hmac-sha256:{secret.pepper_id}:{parsed.id}:{secret.hash.hex()}"
 
@@ -40,21 +40,8 @@ def read_static_keys(
         key_id, secret = _from_variable(key, pepper, environment) if key.env is not None else _from_hash(key, pepper)
         if key_id in found:
             raise ConfigError(f"the static keys {found[key_id][0].name!r} and {key.name!r} have one id; remove one of them")
-        record = KeyRecord(
-            id=key_id,
-            name=key.name,
-            tenant=key.tenant,
-            owner=key.owner,
-            scopes=key.scopes,
-            roles=key.roles,
-            models=key.models,
-            limits=key.limits,
-            priority=key.priority,
-            cidr=key.cidr,
-            created_at=time.time(),
-            expires_at=None if key.expires_at is None else key.expires_at.timestamp(),
-        )
-        found[key_id] = (record, secret)
+        expires_at = None if key.expires_at is None else key.expires_at.timestamp()
+        found[key_id] = (KeyRecord.of(key, key_id, created_at=time.time(), expires_at=expires_at), secret)
     return found
 
 
@@ -79,6 +66,6 @@ def _from_variable(key: StaticKey, pepper: Pepper, environment: Mapping[str, str
     if parsed is None:
         raise ConfigError(
             f"the variable {key.env!r} of the static key {key.name!r} does not hold a whole key "
-            f"'ifx_<env>_<id>_<secret>'; set it to one that InferFlux made, all of it"
+            f"'{PREFIX}<env>_<id>_<secret>'; set it to one that InferFlux made, all of it"
         )
     return parsed.id, pepper.hash(text.strip())

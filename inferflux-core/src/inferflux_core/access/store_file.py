@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from inferflux_core.access import store_schema
-from inferflux_core.access.private_files import check_private, make_private_folder
 from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import check_private, make_private_folder
 
 WHAT = "the access store"
 

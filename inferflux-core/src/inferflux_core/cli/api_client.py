@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from .api_errors import ApiError, connection_cause, error_from_event, error_from_response, printable, unreachable
-from .endpoint import Endpoint
-from .sse import DONE, EventStream, EventStreamError
+from inferflux_core.cli.api_errors import (
+    ApiError,
+    connection_cause,
+    error_from_event,
+    error_from_response,
+    printable,
+    unreachable,
+)
+from inferflux_core.cli.endpoint import Endpoint
+from inferflux_core.cli.sse import DONE, EventStream, EventStreamError
 
 if TYPE_CHECKING:
     import httpx

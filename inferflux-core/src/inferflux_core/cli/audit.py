@@ -115,7 +115,7 @@ def verify(
         raise ConfigError(f"there is no checkpoint file {str(checkpoints)!r}; name it with --checkpoint")
     found = verify_log(
         paths.log,
-        key=read_key(key_file) if key_file else None,
+        key=read_key(key_file, any_owner=True) if key_file else None,
         public_key=load_public_key(public_key) if public_key else None,
         checkpoints=checkpoints,
         head=head,

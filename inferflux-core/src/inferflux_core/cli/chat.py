@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from .api_client import ApiClient, Usage
-from .api_errors import ApiError, printable
-from .chat_prompt import unfenced
-from .conversation import Conversation, ConversationFileError, Message
+from inferflux_core.cli.api_client import ApiClient, Usage
+from inferflux_core.cli.api_errors import ApiError, printable
+from inferflux_core.cli.chat_prompt import unfenced
+from inferflux_core.cli.conversation import Conversation, ConversationFileError, Message
 
 HELP = '''\
 /model [NAME]      show the models, or change to one

@@ -12,6 +12,9 @@ from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from inferflux_core.errors import ConfigError
+from inferflux_core.state_dir import user_state_dir
+
 FENCE = '"""'
 """Opens and closes a block in which Enter is an ordinary line break."""
 
@@ -27,14 +30,18 @@ class ChatHistory(FileHistory):
             return
 
 
-def history_path() -> Path:
-    """Where the history lies: `$XDG_STATE_HOME/inferflux`, by default under `~/.local/state`."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "inferflux" / "inferctl_history"
+def history_path() -> Path | None:
+    """Where the history lies: in the user's state folder; None for a user who can have none."""
+    try:
+        return user_state_dir() / "inferctl_history"
+    except ConfigError:
+        return None
 
 
-def open_history(path: Path) -> History:
+def open_history(path: Path | None) -> History:
     """The history in `path`, which only its owner can read (directory 0700, file 0600); in memory where that fails."""
+    if path is None:
+        return InMemoryHistory()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))

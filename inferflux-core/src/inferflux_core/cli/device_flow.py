@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .api_errors import ApiError, printable
-from .oauth_discovery import Issuer
-from .oauth_http import OAuthError, checked_url, is_loopback, post_form
+from inferflux_core.cli.api_errors import ApiError, printable
+from inferflux_core.cli.oauth_discovery import Issuer
+from inferflux_core.cli.oauth_http import OAuthError, checked_url, is_loopback, post_form
 
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 DEFAULT_INTERVAL_S = 5.0

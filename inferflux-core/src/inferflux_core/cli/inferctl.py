@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from .api_client import ApiClient, StreamPart, Usage
-from .api_errors import ApiError, printable
-from .lazy_group import LazyCommand, LazyGroup
-from .server_options import GlobalOptions, Server, global_options, print_json, server_command
-from .table import print_table
+from inferflux_core.cli.api_client import ApiClient, StreamPart, Usage
+from inferflux_core.cli.api_errors import ApiError, printable
+from inferflux_core.cli.lazy_group import LazyCommand, LazyGroup
+from inferflux_core.cli.server_options import GlobalOptions, Server, global_options, print_json, server_command
+from inferflux_core.cli.table import print_table
 
 _LATER = {
     "login": LazyCommand("inferflux_core.cli.login", "login", "Log in to a server through its authorization server."),
@@ -165,7 +165,7 @@ def status(server: Server, /) -> None:
     --json prints {"url","reachable","ready","status","version","models":[{"name","state","requests_running",
     "requests_waiting","kv_cache_usage_ratio","restarts"}],"notes":[...]}.
     """
-    from .server_status import ask_status
+    from inferflux_core.cli.server_status import ask_status
 
     with server.connect() as client:
         found = ask_status(client)
@@ -203,9 +203,9 @@ def default_model(client: ApiClient) -> str:
 
 def _interactive_chat(server: Server, model: str | None, system: str | None, settings: dict[str, Any]) -> None:
     # The line editor takes a quarter of a second to import; only this command pays for it.
-    from .chat import COMMANDS, Chat
-    from .chat_prompt import history_path, make_prompt, open_history
-    from .conversation import ChatSettings, Conversation
+    from inferflux_core.cli.chat import COMMANDS, Chat
+    from inferflux_core.cli.chat_prompt import history_path, make_prompt, open_history
+    from inferflux_core.cli.conversation import ChatSettings, Conversation
 
     with server.connect() as client:
         chosen = model or default_model(client)

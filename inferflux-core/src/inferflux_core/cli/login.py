@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .api_errors import ApiError, printable
-from .server_options import Server, print_json, server_command
+from inferflux_core.cli.api_errors import ApiError, printable
+from inferflux_core.cli.server_options import Server, print_json, server_command
 
 if TYPE_CHECKING:
-    from .device_flow import DeviceCode
+    from inferflux_core.cli.device_flow import DeviceCode
 
 DEFAULT_CLIENT_ID = "inferctl"
 
@@ -48,11 +48,11 @@ def login(
     login is confirmed, {"type":"done","url","issuer","scope","expires_at"}.
     """
     # httpx takes a while to import; only commands that send something pay for it.
-    from .device_flow import begin, wait_for_tokens
-    from .login_session import with_tokens
-    from .oauth_discovery import ProtectedResource, find_issuer, find_resource, scopes_to_ask
-    from .oauth_http import checked_url
-    from .token_store import Login, TokenStore
+    from inferflux_core.cli.device_flow import begin, wait_for_tokens
+    from inferflux_core.cli.login_session import with_tokens
+    from inferflux_core.cli.oauth_discovery import ProtectedResource, find_issuer, find_resource, scopes_to_ask
+    from inferflux_core.cli.oauth_http import checked_url
+    from inferflux_core.cli.token_store import Login, TokenStore
 
     url = server.endpoint.url
     if issuer is None:
@@ -99,7 +99,7 @@ def logout(server: Server, /) -> None:
 
     --json prints {"url","logged_out","revoked"}; logged_out is false where there was no login.
     """
-    from .token_store import TokenStore
+    from inferflux_core.cli.token_store import TokenStore
 
     url = server.endpoint.url
     store = TokenStore.of_user()
@@ -123,8 +123,8 @@ def logout(server: Server, /) -> None:
 
 def _revoke(issuer_url: str, client_id: str, refresh_token: str | None, access_token: str) -> bool:
     """Revokes the refresh token, and with it the login; an access token where there is no other and the provider can."""
-    from .device_flow import revoke
-    from .oauth_discovery import find_issuer
+    from inferflux_core.cli.device_flow import revoke
+    from inferflux_core.cli.oauth_discovery import find_issuer
 
     issuer = find_issuer(issuer_url)
     if refresh_token is not None:

@@ -7,29 +7,20 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .api_client import ApiClient
-from .api_errors import ApiError
-from .endpoint import Endpoint
-from .token_store import Login, TokenStore
+from inferflux_core.cli.api_client import ApiClient
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.endpoint import Endpoint
+from inferflux_core.cli.token_store import Login, TokenStore
 
 if TYPE_CHECKING:
     import httpx
 
-    from .device_flow import Tokens
+    from inferflux_core.cli.device_flow import Tokens
 
 EARLY_S = 30.0
 """How long before its end an access token is replaced: a request takes a while to arrive, and clocks differ a little."""
 UNKNOWN_LIFETIME_S = 300.0
 """How long a token is used that can be replaced and whose provider does not say how long it is good."""
-
-
-def stored_credential(server_url: str) -> str | None:
-    """The access token of this user's login at a server, refreshed if it is about to end; None without a login there.
-
-    Raises:
-        ApiError: there is a login, but no token can be had from it; the message says what to do.
-    """
-    return LoginSession(TokenStore.of_user(), server_url).access_token()
 
 
 class LoginSession:
@@ -47,7 +38,12 @@ class LoginSession:
         return self._store.load(self._server) is not None
 
     def access_token(self) -> str | None:
-        """As `stored_credential`. Reads the file only when the token that it last gave is about to end."""
+        """The access token, refreshed if it is about to end; None without a login at this server. Reads the file only when the
+        token that it last gave is about to end.
+
+        Raises:
+            ApiError: there is a login, but no token can be had from it; the message says what to do.
+        """
         if self._login is None or not self._is_fresh(self._login):
             self._login = self._store.load(self._server)
         if self._login is not None and not self._is_fresh(self._login):
@@ -58,8 +54,8 @@ class LoginSession:
         return login.expires_at is None or self._now() < login.expires_at - EARLY_S
 
     def _refreshed(self) -> Login | None:
-        from .device_flow import refresh
-        from .oauth_discovery import find_issuer
+        from inferflux_core.cli.device_flow import refresh
+        from inferflux_core.cli.oauth_discovery import find_issuer
 
         with self._store.locked(self._server):
             # Another inferctl may have been here first. A refresh token that is used twice ends the whole login.

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from .api_errors import ApiError
-from .oauth_http import checked_url, get_json, is_loopback
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.oauth_http import checked_url, get_json, is_loopback
+from inferflux_core.identity import ACTIONS
 
-USER_SCOPES = ("infer:generate", "infer:embed", "infer:read")
+USER_SCOPES = tuple(f"infer:{action}" for action in ACTIONS if action != "admin")
 """What a login asks for if not told otherwise: all that a user does, not what an administrator does."""
 _WELL_KNOWN = "/.well-known/"
 

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from .api_errors import ApiError, connection_cause, printable
+from inferflux_core.cli.api_errors import ApiError, connection_cause, printable
 
 if TYPE_CHECKING:
     import httpx

@@ -11,9 +11,9 @@ from typing import Concatenate, ParamSpec
 import click
 import msgspec
 
-from .api_client import ApiClient
-from .api_errors import ApiError
-from .endpoint import EXAMPLE, Endpoint
+from inferflux_core.cli.api_client import ApiClient
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.endpoint import EXAMPLE, Endpoint
 
 P = ParamSpec("P")
 
@@ -38,8 +38,8 @@ class Server:
     def connect(self) -> ApiClient:
         """A client for the server; nothing is sent yet. Without an API key it uses the login there, if there is one."""
         if self.endpoint.api_key is None:
-            from .login_session import LoggedInClient, LoginSession
-            from .token_store import TokenStore
+            from inferflux_core.cli.login_session import LoggedInClient, LoginSession
+            from inferflux_core.cli.token_store import TokenStore
 
             session = LoginSession(TokenStore.of_user(), self.endpoint.url)
             if session.exists():

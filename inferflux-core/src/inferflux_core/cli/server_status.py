@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from .api_client import ApiClient
-from .api_errors import ApiError, error_from_response
+from inferflux_core.cli.api_client import ApiClient
+from inferflux_core.cli.api_errors import ApiError, error_from_response
 
 LACKING = (404, 405, 501)
 """What servers answer for a route that they do not have."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .api_errors import printable
+from inferflux_core.cli.api_errors import printable
 
 ABSENT = "–"
 """Stands where a server says nothing."""

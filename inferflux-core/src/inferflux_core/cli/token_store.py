@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 
 import msgspec
 
-from .api_errors import ApiError
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import check_private, replace_private
 
 KEYRING_SERVICE = "inferflux"
 
@@ -61,16 +62,23 @@ class TokenStore:
     @classmethod
     def of_user(cls) -> TokenStore:
         """`$XDG_STATE_HOME/inferflux/logins`, by default under `~/.local/state`."""
-        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-        return cls(Path(state).expanduser() / "inferflux" / "logins")
+        from inferflux_core.state_dir import user_state_dir  # and the settings, which only a command that asks a server needs
+
+        try:
+            return cls(user_state_dir() / "logins")
+        except ConfigError as error:
+            raise ApiError(str(error)) from error
 
     def load(self, server: str) -> Login | None:
         """The login at a server, its refresh token still in the keyring if it is there; None if there is none."""
         path = self._path(server)
         try:
+            check_private(path, "the login")
             login = msgspec.json.decode(path.read_bytes(), type=Login)
         except FileNotFoundError:
             return None
+        except ConfigError as error:
+            raise ApiError(str(error)) from error
         except OSError as error:
             raise ApiError(f"cannot read {str(path)!r}: {error.strerror}") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -104,7 +112,7 @@ class TokenStore:
         path = self._path(login.server)
         try:
             self._make_folder()
-            _replace(path, msgspec.json.encode(login))
+            replace_private(path, msgspec.json.encode(login))
         except OSError as error:
             raise ApiError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
@@ -161,21 +169,6 @@ def _keyring() -> Any:
         return importlib.import_module("keyring")
     except ImportError:
         return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file anew, mode 0600, so that it is there whole or as it was before."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".login-")  # made with mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _lock(descriptor: int) -> None:

@@ -9,10 +9,10 @@ from typing import Literal
 
 from starlette.types import Scope
 
+from inferflux_core.client_network import Address, parse_address
 from inferflux_core.errors import ConfigError
 
 AddressSource = Literal["peer", "forwarded"]
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Some proxies add the port: `192.0.2.1:4711`, `[2001:db8::1]:4711`, `"[2001:db8::1]"`.
 _WITH_PORT = re.compile(r'"?(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::\d{1,5})?"?', re.ASCII)
@@ -67,7 +67,7 @@ class TrustedProxies:
             client, source = hop, "forwarded"
         return str(client), source
 
-    def _trusts(self, address: _Address) -> bool:
+    def _trusts(self, address: Address) -> bool:
         return any(address in network for network in self._networks)
 
 
@@ -79,14 +79,8 @@ def client_address(scope: Scope, trusted: TrustedProxies) -> tuple[str | None, A
     return trusted.client(client[0], (value for name, value in scope["headers"] if name == b"x-forwarded-for"))
 
 
-def _parse(text: str) -> _Address | None:
-    """An address, the same object however it was written: `::ffff:192.0.2.1` is `192.0.2.1`, a zone does not count."""
+def _parse(text: str) -> Address | None:
+    """The address that a proxy wrote down, with or without a port."""
     if (match := _WITH_PORT.fullmatch(text)) is not None:
         text = match[1] or match[2]
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
+    return parse_address(text)

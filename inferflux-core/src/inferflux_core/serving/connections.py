@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from inferflux_core.client_network import client_network
 from inferflux_core.serving.client_address import TrustedProxies
 from inferflux_core.serving.error_responses import error_body
 from inferflux_core.settings import ServerSettings
@@ -82,7 +82,7 @@ class Connections:
         """Count a new connection in and return None, or leave it out and return why."""
         if self._total >= self.settings.max_connections:
             return _SERVER_FULL
-        client = _client(address)
+        client = client_network(address)
         if self._by_client[client] >= self.settings.max_connections_per_client and not self._is_proxy(address):
             return _CLIENT_FULL
         self._total += 1
@@ -92,7 +92,7 @@ class Connections:
     def release(self, address: str | None) -> None:
         """Count out one that was admitted."""
         self._total -= 1
-        client = _client(address)
+        client = client_network(address)
         self._by_client[client] -= 1
         if not self._by_client[client]:
             del self._by_client[client]
@@ -117,14 +117,3 @@ class Connections:
 
     def _is_proxy(self, address: str | None) -> bool:
         return address is not None and address in self._trusted
-
-
-def _client(address: str | None) -> str:
-    """What counts as one client: an IPv4 address, or the IPv6 network that one subscriber has all to itself."""
-    if address is None or ":" not in address:
-        return address or ""
-    try:
-        parsed = ipaddress.IPv6Address(address)
-    except ValueError:
-        return address
-    return str(parsed.ipv4_mapped or ipaddress.IPv6Address(int(parsed) >> 64 << 64))

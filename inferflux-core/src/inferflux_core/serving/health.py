@@ -10,11 +10,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.audit.log import NoAudit
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.guard import GuardedRoute, needs, principal_of, public
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.readiness import readiness
 from inferflux_core.serving.services import ModelView, Services
 from inferflux_core.telemetry.version import VERSION
 
@@ -84,10 +84,10 @@ def health_routes(services: Services) -> APIRouter:
     @public
     async def readyz() -> Response:
         """Whether new requests should come here: the default model is ready and its engine makes progress."""
-        readiness = _readiness(services, show_models)
-        if readiness.status == "ready":
-            return json_response(encode(readiness))
-        return json_response(encode(readiness), 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+        reply = _readiness(services, show_models)
+        if reply.status == "ready":
+            return json_response(encode(reply))
+        return json_response(encode(reply), 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
     @router.get("/healthz", **documented(None, Health, errors=(401, 403)))
     @needs("api/health", "read")
@@ -109,16 +109,14 @@ def health_routes(services: Services) -> APIRouter:
 
 
 def _readiness(services: Services, show_models: bool) -> Readiness:
-    views: Sequence[ModelView] = services.models.list()
-    default_ready = any(view.is_default and view.state == "ready" and view.making_progress for view in views)
-    status = "draining" if services.state.draining else "ready" if default_ready else "not_ready"
-    shown = views if show_models else ()
-    return Readiness(status, [ModelReadiness(v.name, v.state, v.is_default, v.making_progress) for v in shown])
+    shown: Sequence[ModelView] = services.models.list() if show_models else ()
+    models = [ModelReadiness(view.name, view.state, view.is_default, view.making_progress) for view in shown]
+    return Readiness(readiness(services).status, models)
 
 
 def _health(services: Services, views: Sequence[ModelView]) -> Health:
     audit = services.access.audit
-    audit_log = "off" if isinstance(audit, NoAudit) else "ok" if audit.healthy else "failing"
+    audit_log = "off" if not audit.enabled else "ok" if audit.healthy else "failing"
     ok = audit_log != "failing" and all(view.state == "ready" and view.making_progress for view in views)
     status = "draining" if services.state.draining else "ok" if ok else "degraded"
     uptime = round(time.monotonic() - services.state.started, 3)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import ssl
-import stat
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import read_private
 from inferflux_core.settings import TlsSettings
 
 if TYPE_CHECKING:
@@ -37,7 +35,6 @@ def server_context(settings: TlsSettings) -> ssl.SSLContext:
     """
     chain = _certificates("server.tls.certificate", settings.certificate)
     _check_dates(settings.certificate, chain[0])
-    _check_private(settings.key)
     key = _private_key(settings.key)
     if key.public_key() != chain[0].public_key():
         _refuse(
@@ -85,27 +82,13 @@ def _check_dates(path: Path, certificate: x509.Certificate) -> None:
         logger.warning("%s: '%s' expires on %s UTC; renew it and restart", setting, path, f"{end:%Y-%m-%d %H:%M}")
 
 
-def _check_private(path: Path) -> None:
-    """A key that others can read is not this server's secret. A group may read what belongs to root: it was root's decision."""
-    if sys.platform == "win32":
-        return
-    try:
-        status = path.stat()
-    except OSError as error:
-        _unreadable("server.tls.key", path, error)
-    wanted = 0o640 if status.st_uid == 0 and os.geteuid() != 0 else 0o600
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o777 & ~wanted & 0o077:
-        _refuse("server.tls.key", path, f"can be read or changed by others (mode {mode:03o})", f"chmod {wanted:03o} it")
-
-
 def _private_key(path: Path) -> PrivateKeyTypes:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     setting = "server.tls.key"
     try:
-        return load_pem_private_key(_read(setting, path), password=None)
+        return load_pem_private_key(read_private(path, f"{setting}:"), password=None)
     except TypeError:
         cure = "store it without one, for example with 'openssl pkey -in FILE -out NEW', readable by this user only"
         _refuse(setting, path, "is protected by a password, and nobody is there to type it", cure)

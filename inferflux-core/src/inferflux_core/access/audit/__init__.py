@@ -2,7 +2,8 @@
 
 events.py       what is recorded, and what values may look like
 chain.py        the line, its canonical form and its hash
-log.py          AuditLog: what the server calls; NoAudit where there is none
+trail.py        AuditTrail: what the server calls
+log.py          AuditLog, and NoAudit where there is none
 writer.py       the thread that owns the files
 append_file.py  one file that is only appended to, and repaired after a failed write
 rotation.py     names of closed files, and the manifest of them

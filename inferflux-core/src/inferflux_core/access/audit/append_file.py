@@ -54,11 +54,6 @@ class AppendFile:
         self._identity = (found.st_dev, found.st_ino)
         self.end = self.synced_end = found.st_size
 
-    @property
-    def needs_repair(self) -> bool:
-        """Whether something failed, and the next operation tries to put it right first."""
-        return self._torn or self._forgotten
-
     def append(self, data: bytes) -> None:
         """Add bytes, all or none.
 

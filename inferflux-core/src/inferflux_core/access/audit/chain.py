@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from .events import Json
+from inferflux_core.access.audit.events import Json
 
 GENESIS = "0" * 64
 """`prev` of the first record."""

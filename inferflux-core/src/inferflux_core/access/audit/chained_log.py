@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .append_file import AppendFile
-from .chain import Chain
-from .checkpoints import CheckpointWriter
-from .events import Json
-from .key_files import sync_folder
-from .recovery import ChainEnd
-from .rotation import ROTATE, ClosedFile, add_to_manifest, closed_files, closed_name
+from inferflux_core.access.audit.append_file import AppendFile
+from inferflux_core.access.audit.chain import Chain
+from inferflux_core.access.audit.checkpoints import CheckpointWriter
+from inferflux_core.access.audit.events import Json
+from inferflux_core.access.audit.recovery import ChainEnd
+from inferflux_core.access.audit.rotation import ROTATE, ClosedFile, add_to_manifest, closed_files, closed_name
+from inferflux_core.private_files import sync_folder
 
 _BATCH_BYTES = 1024 * 1024
 _LOOK_INTERVAL_S = 1.0  # how often to look whether somebody moved the file away

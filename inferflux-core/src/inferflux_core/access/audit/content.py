@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from .chain import keyed_hash
-from .events import MAX_CONTENT, Json
+from inferflux_core.access.audit.chain import keyed_hash
+from inferflux_core.access.audit.events import MAX_CONTENT, Json
+from inferflux_core.access.key_format import PREFIX
 
 _MARK = "[redacted]"
 # What straddles the place where the text is cut is recognised by what follows it.
@@ -18,7 +19,7 @@ _BEYOND = 1024
 
 _PATTERNS = (
     re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)", re.DOTALL),
-    re.compile(r"ifx_[A-Za-z0-9_]{4,}+"),
+    re.compile(PREFIX + r"[A-Za-z0-9_]{4,}+"),
     re.compile(r"\beyJ[A-Za-z0-9_-]{4,}+(?:\.[A-Za-z0-9_-]*+){1,4}"),  # a signed or encrypted JSON web token
     re.compile(r"(?i)\b(?:bearer|basic)\s{1,8}[A-Za-z0-9._~+/=-]{6,}+"),
     re.compile(r"(?i)\b(?:password|passwd|passphrase|secret|token|api[_ -]?key)\"?\s{0,8}[:=]\s{0,8}[^\s,;]++"),

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inferflux_core.errors import ConfigError
+from inferflux_core.private_files import create_private, read_private
 from inferflux_core.settings import AuditSettings
 
 if TYPE_CHECKING:
@@ -43,13 +43,16 @@ class AuditPaths:
         )
 
 
-def read_key(path: Path) -> bytes:
+def read_key(path: Path, *, any_owner: bool = False) -> bytes:
     """The key of the chain.
+
+    Args:
+        any_owner: see `check_private`.
 
     Raises:
         ConfigError: there is none, it cannot be read, others may read it, or it is not a key.
     """
-    key = _read_private(path)
+    key = read_private(path, "the audit key", any_owner=any_owner)
     if len(key) != KEY_BYTES:
         raise ConfigError(f"the audit key {str(path)!r} has {len(key)} bytes instead of {KEY_BYTES}; restore it from a backup")
     return key
@@ -62,7 +65,7 @@ def create_key(path: Path) -> bytes:
         ConfigError: as `read_key`, or it cannot be written.
     """
     if not path.exists():
-        _create(path, secrets.token_bytes(KEY_BYTES))
+        create_private(path, secrets.token_bytes(KEY_BYTES))
     return read_key(path)
 
 
@@ -79,61 +82,18 @@ def create_checkpoint_key(private: Path, public: Path) -> Ed25519PrivateKey:
         pem = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        _create(private, pem)
+        create_private(private, pem)
     try:
-        key = serialization.load_pem_private_key(_read_private(private), password=None)
+        key = serialization.load_pem_private_key(read_private(private, "the checkpoint key"), password=None)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the checkpoint key {str(private)!r} is not a PEM key; restore it from a backup") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"the checkpoint key {str(private)!r} is not an Ed25519 key; restore it from a backup")
     public_pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     if not public.exists():
-        _create(public, public_pem)
+        create_private(public, public_pem)
     if public.read_bytes() != public_pem:
         raise ConfigError(
             f"{str(public)!r} is not the public half of {str(private)!r}; delete the former to have it written again"
         )
     return key
-
-
-def _read_private(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if os.name == "posix" and mode & 0o077:
-                raise ConfigError(f"others may read the secret {str(path)!r} (mode {mode & 0o777:03o}); run 'chmod 600 {path}'")
-            return file.read(64 * 1024)
-    except OSError as error:
-        raise ConfigError(f"the secret {str(path)!r} cannot be read: {error.strerror}") from error
-
-
-def _create(path: Path, content: bytes) -> None:
-    """Write a file that did not exist, whole or not at all; of two that try at once, one wins and both read its file."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the secret {str(path)!r} cannot be written: {error.strerror}") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Force the names in a folder to disk."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

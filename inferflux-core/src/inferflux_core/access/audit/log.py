@@ -12,21 +12,21 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from inferflux_core.access.audit.chained_log import ChainedLog, Entry, lock
+from inferflux_core.access.audit.checkpoints import CheckpointWriter, last_checkpoint
+from inferflux_core.access.audit.content import kept_content
+from inferflux_core.access.audit.events import AuditEvent, Json, record_fields
+from inferflux_core.access.audit.key_files import AuditPaths, create_checkpoint_key, create_key
+from inferflux_core.access.audit.recovery import complete_manifest, find_end
+from inferflux_core.access.audit.trail import AuditTrail
+from inferflux_core.access.audit.writer import Writer
 from inferflux_core.errors import AccessUnavailableError, ConfigError
 from inferflux_core.settings import AuditSettings
-
-from .chained_log import ChainedLog, Entry, lock
-from .checkpoints import CheckpointWriter, last_checkpoint
-from .content import kept_content
-from .events import AuditEvent, Json, record_fields
-from .key_files import AuditPaths, create_checkpoint_key, create_key
-from .recovery import complete_manifest, find_end
-from .writer import Writer
 
 _PATIENCE_S = 5.0  # for a disk that fails while the server stops
 
 
-class AuditLog:
+class AuditLog(AuditTrail):
     """The audit log of a server: events go in here, a thread writes them."""
 
     enabled = True
@@ -98,8 +98,7 @@ class AuditLog:
         writer = self._open_writer()
         fields, now = record_fields(event), time.time_ns()
         if not important and not self._takes(writer):
-            writer.dropped += 1
-            self._on_count("dropped")
+            writer.drop()
             return
         if important or self._settings.on_full == "block":
             try:
@@ -295,12 +294,12 @@ class AuditLog:
                 future.set_result(None)
 
 
-class NoAudit:
+class NoAudit(AuditTrail):
     """No audit log: takes everything and keeps nothing."""
 
+    enabled = False
     healthy = True
     head = 0
-    enabled = False
     keeps_content = False
 
     async def start(self) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .chain import MAX_LINE
-from .rotation import closed_files
+from inferflux_core.access.audit.chain import MAX_LINE
+from inferflux_core.access.audit.rotation import closed_files
 
 _BLOCK = 64 * 1024
 _POLL_S = 0.05

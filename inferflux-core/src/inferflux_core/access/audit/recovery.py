@@ -11,10 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from inferflux_core.access.audit.chain import GENESIS, MAX_LINE, Record, read_record
+from inferflux_core.access.audit.rotation import ROTATE, ClosedFile, add_to_manifest, closed_files, read_manifest
 from inferflux_core.errors import ConfigError
-
-from .chain import GENESIS, MAX_LINE, Record, read_record
-from .rotation import ROTATE, ClosedFile, add_to_manifest, closed_files, read_manifest
 
 _CURE = (
     "Run 'inferctl audit verify' to see where, keep the files as evidence, and move them (with the checkpoints) away to "

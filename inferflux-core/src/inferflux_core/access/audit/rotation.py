@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .chain import canonical, keyed_hash
+from inferflux_core.access.audit.chain import canonical, keyed_hash
 
 ROTATE = "log.rotate"
 _PURPOSE = "manifest"

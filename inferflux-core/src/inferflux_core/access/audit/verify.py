@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .chain import GENESIS, MAX_LINE, Record, read_record
-from .checkpoints import Checkpoint, read_checkpoints
-from .reader import Line, read_log
-from .rotation import ROTATE, read_manifest
+from inferflux_core.access.audit.chain import GENESIS, MAX_LINE, Record, read_record
+from inferflux_core.access.audit.checkpoints import Checkpoint, read_checkpoints
+from inferflux_core.access.audit.reader import Line, read_log
+from inferflux_core.access.audit.rotation import ROTATE, read_manifest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

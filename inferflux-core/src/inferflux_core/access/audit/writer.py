@@ -15,9 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from inferflux_core.access.audit.chained_log import ChainedLog, Entry
 from inferflux_core.settings import AuditSettings
-
-from .chained_log import ChainedLog, Entry
 
 logger = logging.getLogger("inferflux.audit")
 
@@ -33,7 +32,6 @@ class Writer:
     Attributes:
         written: ticket of the last entry that is in the log; with `fsync: each`, on disk.
         healthy: whether the last attempt to write went well.
-        dropped: records that `AuditLog` dropped since the log last mentioned it.
     """
 
     def __init__(
@@ -64,7 +62,8 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="inferflux-audit", daemon=True)
         self.written = 0
         self.healthy = True
-        self.dropped = 0
+        self._drop_lock = threading.Lock()
+        self._dropped = 0  # since the log last mentioned it
 
     @property
     def head(self) -> int:
@@ -78,6 +77,15 @@ class Writer:
     def put(self, entry: Entry) -> None:
         """Hand over an entry; from any thread, never waits."""
         self._incoming.put(entry)
+
+    def drop(self) -> None:
+        """Count a record that is not taken; the next record says how many were not. From any thread, never waits."""
+        with self._drop_lock:
+            self._dropped += 1
+            first = self._dropped == 1
+        if first:
+            self._incoming.put(None)  # the thread may be idle by now
+        self._on_count("dropped")
 
     def close(self, patience_s: float) -> None:
         """Write what is left, then end; blocks. A disk that fails has `patience_s` seconds to come back."""
@@ -105,6 +113,7 @@ class Writer:
         return bool(
             self._pending
             or self._log.own_entries
+            or self._dropped
             or not self.healthy
             or self._sync_at is not None
             or not self._incoming.empty()
@@ -138,6 +147,8 @@ class Writer:
         """
         each = self._settings.fsync == "each"
         self._log.prepare()
+        if not self._log.own_entries:  # while the disk fails, one such record is enough
+            self._note_dropped()
         while self._log.own_entries or self._pending:
             if own := self._log.own_entries:
                 done = self._log.append(own)
@@ -161,6 +172,12 @@ class Writer:
             now >= self._checkpoint_at or self._unsigned >= self._settings.checkpoint_records
         ):
             self._checkpoint()
+
+    def _note_dropped(self) -> None:
+        with self._drop_lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._log.note("log.dropped", records=dropped)
 
     def _count(self, records: int) -> None:
         now = time.monotonic()
@@ -198,8 +215,7 @@ class Writer:
     def _recovered(self) -> None:
         self.healthy = True
         milliseconds = int((time.monotonic() - self._failing_since) * 1000)
-        dropped, self.dropped = self.dropped, 0
-        self._log.note("log.resumed", error=self._failure, failures=self._failures, failed_for_ms=milliseconds, dropped=dropped)
+        self._log.note("log.resumed", error=self._failure, failures=self._failures, failed_for_ms=milliseconds)
         logger.warning("the audit log can be written again after %d ms", milliseconds)
 
     def _abandon(self) -> None:

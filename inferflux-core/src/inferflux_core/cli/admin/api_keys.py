@@ -15,8 +15,10 @@ from inferflux_core.cli.admin.values import Duration, given_limits, limit_option
 from inferflux_core.cli.api_errors import printable
 from inferflux_core.cli.server_options import Server, print_json, server_command
 from inferflux_core.cli.table import cell, print_table
+from inferflux_core.identity import ACTIONS
 
 PATH = "/v1/admin/api-keys"
+_ACTIONS = f"{', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}"
 
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print the key and nothing else.")
 config_option = click.option(
@@ -40,7 +42,7 @@ def _term_options(function: Callable[..., None]) -> Callable[..., None]:
             "--model", "models", multiple=True, help="Pattern of model names it is for, such as 'acme-*'. Repeatable."
         ),
         click.option("--role", "roles", multiple=True, help="Role of the policy, without 'role:'. Repeatable."),
-        click.option("--scope", "scopes", multiple=True, help="generate, embed, read or admin. Repeatable."),
+        click.option("--scope", "scopes", multiple=True, help=f"{_ACTIONS}. Repeatable."),
         click.option("--owner", help="Who answers for it."),
     ):
         function = option(function)

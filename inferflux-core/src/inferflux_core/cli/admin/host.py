@@ -12,7 +12,7 @@ import click
 from pydantic import ValidationError
 
 from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import new_key, parse_key
+from inferflux_core.access.key_format import PREFIX, new_key, parse_key
 from inferflux_core.access.key_records import NewKey, key_public
 from inferflux_core.access.key_ring import open_keys
 from inferflux_core.access.pepper import load_pepper
@@ -60,7 +60,9 @@ def hash_of(key: str, config_file: Path | None) -> str:
     """What the configuration may hold of a key. Raises click.ClickException, also for what is no key."""
     with _problems():
         if parse_key(key) is None:
-            raise ConfigError("this is no key: those begin with 'ifx_' and end with a checksum; copy it again, or use --new")
+            raise ConfigError(
+                f"this is no key: those begin with {PREFIX!r} and end with a checksum; copy it again, or use --new"
+            )
         settings, keys = _configured(config_file)
         return static_hash(key, load_pepper(keys, state_dir(settings)))
 

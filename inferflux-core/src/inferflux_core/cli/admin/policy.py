@@ -12,6 +12,7 @@ from inferflux_core.cli.admin.admin_client import ask
 from inferflux_core.cli.api_errors import printable
 from inferflux_core.cli.server_options import Server, print_json, server_command
 from inferflux_core.cli.table import cell, print_table
+from inferflux_core.identity import ACTIONS
 
 PATH = "/v1/admin/policy"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -93,7 +94,7 @@ def test(server: Server, /, file: Path | None, cases: Path | None) -> None:
 
 @policy.command()
 @click.argument("obj", metavar="OBJECT")
-@click.argument("action", type=click.Choice(["generate", "embed", "read", "admin"]))
+@click.argument("action", type=click.Choice(ACTIONS))
 @click.option("--key", help="Id of an API key.")
 @click.option("--subject", help="user:<issuer>|<sub> or key:<id>, as the audit log has it.")
 @click.option("--role", "roles", multiple=True, help="Role that the subject's credential brings. Repeatable.")
@@ -155,7 +156,7 @@ def _checked_here(file: Path) -> dict[str, Any]:
     from inferflux_core.access.rbac import version_of
 
     text = file.read_bytes()
-    problems = check_policy(text, str(file))
+    problems = check_policy(text)
     return {
         "ok": all(problem.severity != "error" for problem in problems),
         "version": version_of(text),

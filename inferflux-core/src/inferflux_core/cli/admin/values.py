@@ -8,17 +8,12 @@ from typing import Any
 
 import click
 
+from inferflux_core.settings import Limits
+
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smhdw]?)")
 
-LIMITS = ("rpm", "tpm", "concurrency", "daily_tokens", "max_tokens")
-_LIMIT_HELP = {
-    "rpm": "Requests a minute",
-    "tpm": "Tokens a minute, prompt and output",
-    "concurrency": "Requests being answered at one time",
-    "daily_tokens": "Tokens a day (UTC)",
-    "max_tokens": "Most output tokens of one choice",
-}
+LIMITS = tuple(Limits.model_fields)
 
 
 class Duration(click.ParamType[float]):
@@ -55,8 +50,8 @@ class LimitValue(click.ParamType[int]):
 def limit_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds an option for each limit."""
     for name in reversed(LIMITS):
-        option = f"--{name.replace('_', '-')}"
-        function = click.option(option, name, type=LimitValue(), help=f"{_LIMIT_HELP[name]}; none for no limit.")(function)
+        option, meaning = f"--{name.replace('_', '-')}", (Limits.model_fields[name].description or "").rstrip(".")
+        function = click.option(option, name, type=LimitValue(), help=f"{meaning}; none for no limit.")(function)
     return function
 
 

@@ -1,5 +1,5 @@
 """`python -m inferflux_core.cli.bench`: the command without the rest of the CLI."""
 
-from .command import bench
+from inferflux_core.cli.bench.command import bench
 
 bench(prog_name="inferflux bench")

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from ..api_errors import ApiError, error_from_response
-from ..endpoint import Endpoint
-from .connection import Answer, Connection, StaleConnection
-from .workloads import Script
+from inferflux_core.cli.api_errors import ApiError, error_from_response
+from inferflux_core.cli.bench.connection import Answer, Connection, StaleConnection
+from inferflux_core.cli.bench.workloads import Script
+from inferflux_core.cli.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from ..api_errors import ApiError
-from ..endpoint import EXAMPLE, Endpoint
-from .workloads import NAMES, Name, Workload
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.bench.workloads import NAMES, Name, Workload
+from inferflux_core.cli.endpoint import EXAMPLE, Endpoint
 
 if TYPE_CHECKING:
-    from .session import Contender
+    from inferflux_core.cli.bench.session import Contender
 
 OPEN_LOOP_S = 30  # seconds of load that the default of --requests makes
 
@@ -124,8 +124,8 @@ def bench(
         raise click.UsageError("--rate does not go with --workload turns, where a turn waits for the answer before it")
 
     # What follows costs a fifth of a second to import, which --help should not pay.
-    from .report import Parameters, make_report, print_differences, print_report
-    from .session import measure
+    from inferflux_core.cli.bench.report import Parameters, make_report, print_differences, print_report
+    from inferflux_core.cli.bench.session import measure
 
     contenders = _contenders(urls, names, models, api_keys)
     load = Workload.make(workload, prompt_tokens, max_tokens)
@@ -170,7 +170,7 @@ def bench(
 def _contenders(
     urls: tuple[str, ...], names: tuple[str, ...], models: tuple[str, ...], api_keys: tuple[str, ...]
 ) -> list[Contender]:
-    from .session import Contender
+    from inferflux_core.cli.bench.session import Contender
 
     count = len(urls)
     if names and len(names) != count:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import httptools
 import msgspec
 
-from ..api_errors import ApiError, connection_cause, error_from_event, error_from_response, unreachable
-from ..endpoint import Endpoint
-from ..sse import DONE, EventStream
+from inferflux_core.cli.api_errors import ApiError, connection_cause, error_from_event, error_from_response, unreachable
+from inferflux_core.cli.endpoint import Endpoint
+from inferflux_core.cli.sse import DONE, EventStream
 
 CONNECT_TIMEOUT_S = 5.0
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import msgspec
 
-from .client import Run, Sample
+from inferflux_core.cli.bench.client import Run, Sample
 
 
 class Figures(msgspec.Struct, kw_only=True):

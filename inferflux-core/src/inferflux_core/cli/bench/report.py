@@ -12,9 +12,9 @@ from typing import Any
 import click
 import msgspec
 
-from ..table import ABSENT, print_table
-from .client import Run, Target
-from .figures import Agreement, Figures, agreement, figures_of, medians, ratios, sample_of
+from inferflux_core.cli.bench.client import Run, Target
+from inferflux_core.cli.bench.figures import Agreement, Figures, agreement, figures_of, medians, ratios, sample_of
+from inferflux_core.cli.table import ABSENT, print_table
 
 MAX_SHOWN_ALTERNATIONS = 5  # more of them are shown as a range
 MAX_CHANCE_CACHED = 0.1  # of the prompt tokens; distinct prompts have little more than a first token in common

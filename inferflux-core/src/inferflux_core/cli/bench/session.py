@@ -6,11 +6,11 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from ..api_errors import ApiError
-from ..endpoint import Endpoint
-from .client import LoadGenerator, Run, Target, find_model, find_version
-from .report import Parameters
-from .workloads import Workload
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.bench.client import LoadGenerator, Run, Target, find_model, find_version
+from inferflux_core.cli.bench.report import Parameters
+from inferflux_core.cli.bench.workloads import Workload
+from inferflux_core.cli.endpoint import Endpoint
 
 WARMUP = -1  # the alternation whose prompts warm the servers up: no measured one shares them
 

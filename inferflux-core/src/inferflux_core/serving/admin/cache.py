@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Self
 
 import msgspec
@@ -88,13 +87,14 @@ class CacheReply(msgspec.Struct, frozen=True):
 
 
 class WarmReply(msgspec.Struct, frozen=True):
-    """What was computed: `cached_tokens` of `tokens` had been there already."""
+    """What was computed: `cached_tokens` of `tokens` had been there already. Null for another tenant than the caller's: it
+    would tell what that tenant's prompts begin with."""
 
     status: str
     model: str
     tenant: str
     tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
 
 
 def cache_routes(services: Services) -> APIRouter:
@@ -113,20 +113,20 @@ def cache_routes(services: Services) -> APIRouter:
     @needs("api/cache", "admin")
     async def warm_cache(request: Request) -> Response:
         """Compute a prefix, so that the tenant's requests that begin with it need not. Goes the way of every request: it is
-        checked, counted and limited as one of the caller's."""
+        checked, counted and limited as one of the caller's, whoever it is for."""
         body = await reader.read(request, WarmBody)
         prompt: Prompt = body.prompt if body.messages is None else to_chat_prompt(body.messages)  # type: ignore[assignment]
         exchange = Exchange.of(request.scope)
-        principal = exchange.principal
-        if body.tenant is not None:
-            principal = dataclasses.replace(principal, tenant=body.tenant)
+        own = exchange.principal.tenant
+        tenant = own if body.tenant is None else body.tenant
         context = RequestContext(
             endpoint=WARM,
             deadline=exchange.arrival + services.settings.server.request_timeout_s,
             request_id=exchange.request_id,
             arrival=exchange.arrival,
-            principal=principal,
+            principal=exchange.principal,
             judged=exchange.judged,
+            cache_tenant=tenant,
         )
         generation = GenerationRequest(
             model=body.model,
@@ -140,8 +140,9 @@ def cache_routes(services: Services) -> APIRouter:
         events = services.pipeline.generate(context, generation)
         answer = await while_connected(request.receive, collect(events, 1, exchange))
         usage, model = answer.usage, answer.started.model
-        await record(services, request, "cache.warmed", model=model, tenant=principal.tenant, tokens=usage.prompt_tokens)
-        return tagged(encode(WarmReply("ok", model, principal.tenant, usage.prompt_tokens, usage.cached_tokens)))
+        await record(services, request, "cache.warmed", model=model, tenant=tenant, tokens=usage.prompt_tokens)
+        cached_tokens = usage.cached_tokens if tenant == own else None
+        return tagged(encode(WarmReply("ok", model, tenant, usage.prompt_tokens, cached_tokens)))
 
     return router
 

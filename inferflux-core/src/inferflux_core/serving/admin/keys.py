@@ -14,6 +14,7 @@ from inferflux_core.access.key_records import KeyChange, KeyRecord, NewKey, key_
 from inferflux_core.access.key_ring import MAX_OVERLAP_S, KeyRing
 from inferflux_core.errors import UnavailableError
 from inferflux_core.serving.admin.body import AdminBodyReader
+from inferflux_core.serving.admin.limits import LimitsObject
 from inferflux_core.serving.admin.record import record
 from inferflux_core.serving.admin.versions import expected_number, tagged
 from inferflux_core.serving.guard import GuardedRoute, needs
@@ -26,16 +27,6 @@ PATH = "/v1/admin/api-keys"
 ONE = PATH + "/{key_id}"
 
 
-class KeyLimits(msgspec.Struct, frozen=True):
-    """A key's own quota; null does not limit."""
-
-    rpm: int | None
-    tpm: int | None
-    concurrency: int | None
-    daily_tokens: int | None
-    max_tokens: int | None
-
-
 class KeyObject(msgspec.Struct, frozen=True, kw_only=True):
     """An API key, without its secret. Times are RFC 3339, UTC."""
 
@@ -46,7 +37,7 @@ class KeyObject(msgspec.Struct, frozen=True, kw_only=True):
     scopes: list[str]
     roles: list[str]
     models: list[str] | None
-    limits: KeyLimits | None
+    limits: LimitsObject | None
     priority: int
     cidr: list[str]
     created_at: str
@@ -116,8 +107,6 @@ def key_routes(services: Services) -> APIRouter:
         """Change what the body names; `null` for models, limits or expires_at removes them. Needs If-Match."""
         version = expected_number(request)
         change = await reader.read(request, KeyChange)
-        if version is None:
-            version = (await ring().get(key_id)).version
         key = await ring().update(key_id, change, version)
         await record(services, request, "key.updated", changed=sorted(change.model_fields_set), **_recorded(key))
         return _shown(key)

@@ -63,34 +63,33 @@ def limit_routes(services: Services) -> APIRouter:
     router = APIRouter(tags=["Admin"], route_class=GuardedRoute)
     reader = AdminBodyReader(services.settings.server)
     rules = services.access.limit_rules
-    document = StoredDocument(services.access.store, LIMITS_DOCUMENT)
+    document = StoredDocument(services.access.store, LIMITS_DOCUMENT, LimitTable)
 
     async def replace(request: Request, table: LimitTable, expected_version: int | None) -> int:
-        value = table.model_dump(mode="json")
-        version = await document.put(value, expected_version)
+        version = await document.write(table, expected_version)
         rules.replace(table)
-        await record(services, request, "limits.changed", version=version, limits=value)
+        await record(services, request, "limits.changed", version=version, limits=table.model_dump(mode="json"))
         return version
 
     @router.get(PATH, **documented(None, LimitsReply))
     @needs("api/limits", "admin")
     async def show_limits() -> Response:
-        """The quotas in force."""
-        return tagged(encode(rules.table.model_dump(mode="json")), await document.version())
+        """The quotas: as last written here, or else as configured."""
+        return _shown(*await document.read(rules.table))
 
     @router.put(PATH, **documented(LimitTable, LimitsReply, changes=True))
     @needs("api/limits", "admin")
     async def replace_limits(request: Request) -> Response:
         """Put other quotas in force from the next request on; what was used so far stays counted. Needs If-Match."""
         expected = expected_number(request)
-        version = await replace(request, await reader.read(request, LimitTable), expected)
-        return tagged(encode(rules.table.model_dump(mode="json")), version)
+        table = await reader.read(request, LimitTable)
+        return _shown(table, await replace(request, table, expected))
 
     @router.get(OLD_PATH, **documented(None, RateLimitReply))
     @needs("api/limits", "admin")
     async def show_rate_limit() -> Response:
         """The two limits a minute of `default`, as the first InferFlux had them."""
-        return _rate_limit(rules.table, await document.version())
+        return _rate_limit(*await document.read(rules.table))
 
     @router.put(OLD_PATH, **documented(RateLimitBody, RateLimitReply, changes=True))
     @needs("api/limits", "admin")
@@ -102,12 +101,16 @@ def limit_routes(services: Services) -> APIRouter:
             raise InvalidRequestError("Send 'tokens_per_minute', 'requests_per_minute' or both.", param="tokens_per_minute")
         fields = {"tokens_per_minute": "tpm", "requests_per_minute": "rpm"}
         changes = {fields[name]: getattr(body, name) for name in body.model_fields_set}
-        if expected is None:
-            expected = await document.version()  # what was read is what is changed
-        table = rules.table.model_copy(update={"default": rules.table.default.model_copy(update=changes)})
+        before, version = await document.read(rules.table)
+        table = before.model_copy(update={"default": before.default.model_copy(update=changes)})
+        expected = version if expected is None else expected  # what was read is what is changed
         return _rate_limit(table, await replace(request, table, expected))
 
     return router
+
+
+def _shown(table: LimitTable, version: int) -> Response:
+    return tagged(encode(table.model_dump(mode="json")), version)
 
 
 def _rate_limit(table: LimitTable, version: int) -> Response:

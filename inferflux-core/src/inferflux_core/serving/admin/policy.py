@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Self
 
@@ -15,7 +16,7 @@ from inferflux_core.access.key_records import Roles, Tenant, key_principal
 from inferflux_core.access.policy_cases import read_cases, run_cases
 from inferflux_core.access.policy_explain import Explanation
 from inferflux_core.access.policy_file import PolicyError, Problem
-from inferflux_core.access.policy_lint import read_policy
+from inferflux_core.access.policy_lint import check_policy
 from inferflux_core.access.policy_store import PolicyStore
 from inferflux_core.access.rbac import Policy, version_of
 from inferflux_core.errors import InvalidRequestError, NotFoundError, UnavailableError
@@ -30,6 +31,7 @@ from inferflux_core.serving.services import Services
 from inferflux_core.settings import Group
 
 PATH = "/v1/admin/policy"
+MAX_CASES = 2000
 _SHOWN_PROBLEMS = 10
 
 
@@ -150,13 +152,13 @@ def policy_routes(services: Services) -> APIRouter:
         """Put a policy in force and into the file, as it was sent; both or neither. It must pass the server's tests. Needs
         If-Match."""
         version = expected_version(request)
-        before = store().current
         text = await candidate(request)
+        before = store().current
         try:
-            policy = await store().replace(text, before.version if version is None else version)
+            policy = await store().replace(text, version)
         except PolicyError as error:
             raise _refused(error) from None
-        added, removed = _difference(before, policy)
+        added, removed = await asyncio.to_thread(_difference, before, policy)
         await record(
             services, request, "policy.replaced", version=policy.version, before=before.version, added=added, removed=removed
         )
@@ -164,17 +166,17 @@ def policy_routes(services: Services) -> APIRouter:
 
     @router.post(PATH + "/check", **documented(PolicyBody, CheckReply, changes=True))
     @needs("api/policy", "admin")
-    async def check_policy(request: Request) -> Response:
+    async def check_candidate(request: Request) -> Response:
         """What is wrong with a candidate, whether it passes the server's tests, and what it would change. Changes nothing."""
         text = await candidate(request)
-        problems = read_policy(text)[1]
+        problems = await asyncio.to_thread(check_policy, text)
         added: list[str] = []
         removed: list[str] = []
         ok = not any(problem.severity == "error" for problem in problems)
         if ok and services.access.policy is not None:
             try:
                 policy = await store().dry_run(text)
-                added, removed = _difference(store().current, policy)
+                added, removed = await asyncio.to_thread(_difference, store().current, policy)
             except PolicyError as error:
                 ok, problems = False, [*error.problems]
         return tagged(
@@ -187,12 +189,15 @@ def policy_routes(services: Services) -> APIRouter:
         """Run test cases against the policy in force or a candidate. Changes nothing."""
         body = await reader.read(request, PolicyTestBody)
         try:
-            policy = store().current if body.policy is None else Policy.compile(body.policy.encode(), "candidate")
-            if body.cases is None:
-                count, failures = None, await _own_tests(store(), policy)
+            if body.policy is None:
+                policy = store().current
             else:
-                cases = read_cases(body.cases.encode(), "cases")
-                count, failures = len(cases), run_cases(policy, cases)
+                policy = await asyncio.to_thread(Policy.compile, body.policy.encode(), "candidate")
+            count: int | None = None
+            if body.cases is None:
+                failures = await _own_tests(store(), policy)
+            else:
+                count, failures = await asyncio.to_thread(_tested, policy, body.cases.encode())
         except PolicyError as error:
             raise _refused(error) from None
         return tagged(encode(PolicyTestReply(ok=not failures, version=policy.version, cases=count, failures=failures)))
@@ -205,7 +210,9 @@ def policy_routes(services: Services) -> APIRouter:
         principal = await _principal(services, body)
         decision = services.access.admission.decide(principal, body.object, body.action)
         policy = services.access.policy
-        explanation = None if policy is None else policy.current.explain(principal, body.object, body.action)
+        explanation = None
+        if policy is not None:
+            explanation = await asyncio.to_thread(policy.current.explain, principal, body.object, body.action)
         reply = ExplainReply(
             allowed=decision.allowed,
             engine=decision.engine,
@@ -249,10 +256,22 @@ async def _own_tests(store: PolicyStore, policy: Policy) -> list[str]:
     return []
 
 
+def _tested(policy: Policy, text: bytes) -> tuple[int, list[str]]:
+    """How many cases a test file has, and those that fail. Takes a while; raises PolicyError for a file that is wrong."""
+    cases = read_cases(text, "cases")
+    if len(cases) > MAX_CASES:
+        raise InvalidRequestError(
+            f"The test file has {len(cases)} cases, more than {MAX_CASES}, the most that are run at one time; split it.",
+            param="cases",
+        )
+    return len(cases), run_cases(policy, cases)
+
+
 def _difference(before: Policy, after: Policy) -> tuple[list[str], list[str]]:
     """Rows that are new, and rows that are gone, each in the order of its file."""
     old, new = _rows(before), _rows(after)
-    return [row for row in new if row not in set(old)], [row for row in old if row not in set(new)]
+    known, kept = set(old), set(new)
+    return [row for row in new if row not in known], [row for row in old if row not in kept]
 
 
 def _rows(policy: Policy) -> list[str]:

@@ -10,6 +10,7 @@ from inferflux_core.serving.admin.versions import tagged
 from inferflux_core.serving.guard import GuardedRoute, needs
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.readiness import readiness
 from inferflux_core.serving.services import ModelView, Services
 
 PATH = "/v1/admin/pools"
@@ -51,11 +52,17 @@ def pool_routes(services: Services) -> APIRouter:
     async def show_pools() -> Response:
         """Whether the server takes requests, and how many wait."""
         views: list[ModelView] = list(services.models.list())
-        reason = _reason(services, views)
+        ready = readiness(services)
         engine = services.settings.engine
         reply = PoolsReply(
-            "draining" if services.state.draining else "ok" if not reason else "not_ready",
-            PoolHealth(not reason, 503 if reason else 200, "unified", reason, any(view.state == "ready" for view in views)),
+            "ok" if ready.status == "ready" else ready.status,
+            PoolHealth(
+                ready=ready.status == "ready",
+                http_status=200 if ready.status == "ready" else 503,
+                role="unified",
+                reason=ready.reason,
+                model_loaded=any(view.state == "ready" for view in views),
+            ),
             SchedulerLoad(
                 sum(view.stats.num_waiting for view in views),
                 sum(view.stats.num_running for view in views),
@@ -66,14 +73,3 @@ def pool_routes(services: Services) -> APIRouter:
         return tagged(encode(reply))
 
     return router
-
-
-def _reason(services: Services, views: list[ModelView]) -> str:
-    if services.state.draining:
-        return "the server is shutting down"
-    default = next((view for view in views if view.is_default), None)
-    if default is None:
-        return "there is no default model"
-    if default.state != "ready":
-        return f"the default model is {default.state}"
-    return "" if default.making_progress else "the engine of the default model makes no progress"

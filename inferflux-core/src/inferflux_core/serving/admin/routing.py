@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,7 +24,6 @@ from inferflux_core.serving.guard import GuardedRoute, needs
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
 from inferflux_core.serving.services import Services
-from inferflux_core.settings import Group
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +31,29 @@ PATH = "/v1/admin/routing"
 DOCUMENT = "routing"
 
 
-class RoutingBody(Group):
-    """Both rules; there is no `fallback_scope`."""
+class RoutingBody(Routing):
+    """All rules, since a write replaces all of them; there is no `fallback_scope`."""
 
-    allow_default_fallback: bool = Field(description="Requests that name no model go to the default one.")
-    require_ready_backend: bool = Field(description="Requests for a model that is not ready get 503 at once.")
+    model_config = ConfigDict(json_schema_extra={"required": [*Routing.model_fields]})
 
     @model_validator(mode="before")
     @classmethod
-    def _no_scope(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "fallback_scope" in value:
+    def _all_rules(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "fallback_scope" in value:
             raise InvalidRequestError(
                 "There is no 'fallback_scope': another model than the one that was asked for never answers. Leave it out.",
                 param="fallback_scope",
                 code="unsupported_parameter",
             )
+        if (missing := next((name for name in Routing.model_fields if name not in value), None)) is not None:
+            raise InvalidRequestError(f"Missing required parameter: {missing!r}.", param=missing)
         return value
 
 
 class RoutingReply(msgspec.Struct, frozen=True):
-    """The rules in force."""
+    """The rules."""
 
     allow_default_fallback: bool
     require_ready_backend: bool
@@ -78,27 +80,28 @@ def routing_routes(services: Services) -> APIRouter:
     """The routes of the routing rules."""
     router = APIRouter(tags=["Admin"], route_class=GuardedRoute)
     reader = AdminBodyReader(services.settings.server)
-    document = StoredDocument(services.access.store, DOCUMENT)
-
-    def shown(version: int) -> Response:
-        return tagged(encode(manager_of(services).routing.model_dump()), version)
+    document = StoredDocument(services.access.store, DOCUMENT, Routing)
 
     @router.get(PATH, **documented(None, RoutingReply))
     @needs("api/routing", "admin")
     async def show_routing() -> Response:
-        """The rules in force."""
-        return shown(await document.version())
+        """The rules: as last written here, or else as at the start."""
+        return _shown(*await document.read(manager_of(services).routing))
 
     @router.put(PATH, **documented(RoutingBody, RoutingReply, changes=True))
     @needs("api/routing", "admin")
     async def replace_routing(request: Request) -> Response:
         """Put other rules in force, from the next request on. Needs If-Match."""
         expected = expected_number(request)
-        body = await reader.read(request, RoutingBody)
-        models, value = manager_of(services), body.model_dump()
-        version = await document.put(value, expected)
-        models.routing = Routing.model_validate(value)
-        await record(services, request, "routing.changed", version=version, routing=value)
-        return shown(version)
+        rules = Routing.model_validate((await reader.read(request, RoutingBody)).model_dump())
+        models = manager_of(services)
+        version = await document.write(rules, expected)
+        models.routing = rules
+        await record(services, request, "routing.changed", version=version, routing=rules.model_dump())
+        return _shown(rules, version)
 
     return router
+
+
+def _shown(rules: Routing, version: int) -> Response:
+    return tagged(encode(rules.model_dump()), version)

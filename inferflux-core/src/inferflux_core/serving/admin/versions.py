@@ -21,7 +21,7 @@ def tagged(body: bytes, version: int | str | None = None, status: int = 200) -> 
 
 
 def expected_version(request: Request, *, required: bool = True) -> str | None:
-    """The version that a write depends on; None for `If-Match: *`, which takes any.
+    """The version that a write depends on; None for `If-Match: *`, which takes whatever is there when it is written.
 
     Args:
         required: whether a write without If-Match is refused; otherwise it takes any version too.
