@@ -152,7 +152,8 @@ async def burst(url: str, requests: Sequence[bytes], connections: int) -> list[R
         await writer.wait_closed()
         return replies
 
-    shares = await asyncio.gather(*(ask(requests[number::connections]) for number in range(connections)))
+    async with asyncio.timeout(60):
+        shares = await asyncio.gather(*(ask(requests[number::connections]) for number in range(connections)))
     return [reply for share in shares for reply in share]
 
 

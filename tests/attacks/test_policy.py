@@ -88,7 +88,8 @@ async def traffic(server: AccessServer, connections: int = 4) -> AsyncIterator[T
         yield seen
     finally:
         stop.set()
-        await asyncio.gather(*tasks)
+        async with asyncio.timeout(30):
+            await asyncio.gather(*tasks)
 
 
 async def _client(server: AccessServer, seen: Traffic, stop: asyncio.Event, name: str) -> None:

@@ -7,10 +7,14 @@ import stat
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.history import InMemoryHistory
 
+from inferflux_core.cli.api_errors import ApiError
+from inferflux_core.cli.chat_prompt import history_path, open_history
+from inferflux_core.cli.token_store import TokenStore
 from inferflux_core.errors import ConfigError
 from inferflux_core.settings import Settings
-from inferflux_core.state_dir import state_dir, state_dir_path
+from inferflux_core.state_dir import state_dir, state_dir_path, user_state_dir
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +61,25 @@ def test_not_a_folder(tmp_path: Path) -> None:
         state_dir(Settings(state_dir=tmp_path / "f" / "g"))
 
 
+def test_what_the_user_keeps_is_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert user_state_dir() == Path("/state/inferflux")
+    assert TokenStore.of_user().folder == Path("/state/inferflux/logins")
+    assert history_path() == Path("/state/inferflux/inferctl_history")
+    monkeypatch.setenv("XDG_STATE_HOME", "~/state")  # not absolute either
+    assert user_state_dir() == Path("/home/ann/.local/state/inferflux")
+
+
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError
 
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(ConfigError, match="no home folder"):
+    with pytest.raises(ConfigError, match=r"state_dir: this user has no home folder; .*set state_dir"):
         state_dir_path(Settings())
+    with pytest.raises(ApiError, match="no home folder; set XDG_STATE_HOME"):
+        TokenStore.of_user()
+    assert history_path() is None
+    assert isinstance(open_history(None), InMemoryHistory)

@@ -90,6 +90,16 @@ def test_only_its_owner_can_read_a_login(logins: Path) -> None:
     assert TokenStore.of_user().load(SERVER) == LOGIN
 
 
+def test_a_login_that_others_may_read_is_refused(logins: Path) -> None:
+    TokenStore.of_user().save(LOGIN)
+    (file,) = logins.iterdir()
+    file.chmod(0o644)
+    with pytest.raises(ApiError, match=r"can be read or written by others .*chmod 600"):
+        TokenStore.of_user().load(SERVER)
+    TokenStore.of_user().save(LOGIN)
+    assert TokenStore.of_user().load(SERVER) == LOGIN
+
+
 def test_a_login_is_for_one_server_only() -> None:
     TokenStore.of_user().save(LOGIN)
     for other in ("https://llm.test.evil", "http://llm.test", f"{SERVER}/v2", f"{SERVER}:444"):

@@ -30,6 +30,7 @@ async def test_a_principal_has_what_the_token_says_and_nothing_more(issuer: Host
         tenant="t1",
         method="oidc",
         scopes=frozenset({"generate"}),
+        scope_prefix="infer:",
         roles=frozenset({"user"}),
         models=None,
         limits=None,

@@ -6,9 +6,9 @@ The reference page (`docs/settings.md`) is generated from these classes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 
 class Group(BaseModel):
@@ -169,14 +169,22 @@ class MetricsSettings(Group):
     enabled: bool = Field(True, description="Serve `GET /metrics` on the server's port.")
 
 
+MOST = 10**12
+"""Largest limit: beyond it nothing is limited, and doubles stop counting by ones."""
+
+
 class Limits(Group):
     """How much one key, tenant or model may use. Null does not limit."""
 
-    rpm: int | None = Field(None, ge=1, description="Requests a minute; also how many may come at once.")
-    tpm: int | None = Field(None, ge=1, description="Tokens a minute, prompt and output; also how many may come at once.")
-    concurrency: int | None = Field(None, ge=1, description="Requests being answered at one time.")
-    daily_tokens: int | None = Field(None, ge=1, description="Tokens a day (UTC), prompt and output.")
-    max_tokens: int | None = Field(None, ge=1, description="Most output tokens of one choice; who asks for more gets these.")
+    rpm: int | None = Field(None, ge=1, le=MOST, description="Requests a minute; also how many may come at once.")
+    tpm: int | None = Field(None, ge=1, le=MOST, description="Tokens a minute, prompt and output; also how many at once.")
+    concurrency: int | None = Field(
+        None, ge=1, le=MOST, description="Answers being generated at one time; a request for several takes as many."
+    )
+    daily_tokens: int | None = Field(None, ge=1, le=MOST, description="Tokens a day (UTC), prompt and output.")
+    max_tokens: int | None = Field(
+        None, ge=1, le=MOST, description="Most output tokens of one choice; who asks for more gets these."
+    )
 
 
 class AuthSettings(Group):
@@ -210,20 +218,27 @@ class LimitTable(Group):
     tenants: dict[str, Limits] = Field(default_factory=dict, description="Of a whole tenant, by its name; `*` for others.")
     models: dict[str, Limits] = Field(default_factory=dict, description="Of all use of a model, by its name; `*` for others.")
 
-    @model_validator(mode="after")
-    def _names_that_can_match(self) -> Self:
-        """A quota under a name that nobody has limits nobody, and would be believed to."""
+    # A quota under a name that nobody can have limits nobody, and would be believed to.
+
+    @field_validator("tenants")
+    @classmethod
+    def _names_of_tenants(cls, table: dict[str, Limits]) -> dict[str, Limits]:
         from inferflux_core.identity import TENANT  # which needs this module
 
-        for tenant in self.tenants:
-            if tenant != "*" and TENANT.fullmatch(tenant) is None:
+        for name in table:
+            if name != "*" and TENANT.fullmatch(name) is None:
                 raise ValueError(
-                    f"{tenant[:128]!r} is not a tenant; use letters, digits and '._-', at most 64, or '*' for all others"
+                    f"{name[:128]!r} is not a tenant; use letters, digits and '._-', at most 64, or '*' for all others"
                 )
-        for model in self.models:
-            if not model or ("*" in model and model != "*"):
-                raise ValueError(f"{model[:128]!r} is not a model's name; there are no patterns here, but '*' for all others")
-        return self
+        return table
+
+    @field_validator("models")
+    @classmethod
+    def _names_of_models(cls, table: dict[str, Limits]) -> dict[str, Limits]:
+        for name in table:
+            if not name or ("*" in name and name != "*"):
+                raise ValueError(f"{name[:128]!r} is not a model's name; there are no patterns here, but '*' for all others")
+        return table
 
 
 class LimitSettings(LimitTable):

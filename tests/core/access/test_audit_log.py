@@ -216,6 +216,22 @@ async def test_a_full_queue_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         gate.opened.set()
         await important
     assert things(tmp_path) == [0, 1, 9]
+    assert [record["records"] for record in records(tmp_path) if record["event"] == "log.dropped"] == [3]
+
+
+async def test_drops_in_many_threads_are_counted_and_told_even_when_nothing_follows(tmp_path: Path) -> None:
+    async with open_log(tmp_path, counts := Counted(), on_full="drop") as log:
+        writer = log._writer
+        assert writer is not None
+        threads = [threading.Thread(target=lambda: [writer.drop() for _ in range(500)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = records(tmp_path)
+    assert {record["event"] for record in found} == {"log.dropped"}
+    assert sum(record["records"] for record in found) == counts["dropped"] == 4000
+    assert check(tmp_path).ok
 
 
 async def test_a_full_queue_refuses_new_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +255,8 @@ async def test_no_audit(tmp_path: Path) -> None:
     log.record_soon(AuditEvent(event="e"))
     log.check()
     await log.close(AuditEvent(event="e"))
-    assert (log.healthy, log.head, log.keeps_content, log.content("x")) == (True, 0, False, {})
+    assert (log.enabled, log.healthy, log.head, log.keeps_content, log.content("x")) == (False, True, 0, False, {})
+    assert AuditLog(AuditSettings(), tmp_path, Counted()).enabled
 
 
 async def test_a_required_log_that_is_not_open_refuses(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ async def test_a_replacement_is_written_as_it_was_given_and_in_force(stand: Stan
     stand.file.chmod(0o640)
     await stand.store.start()
     text = ("# why: see ticket 17\r\n" + DENY).encode()
-    policy = await stand.store.replace(text, stand.store.current.version)
+    in_force = stand.store.current
+    before, policy = await stand.store.replace(text, in_force.version)
+    assert before is in_force
     assert stand.store.current is policy
     assert (stand.file.read_bytes(), stand.file.stat().st_mode & 0o777) == (text, 0o640)
     assert (await stand.event()).version == version_of(text)
@@ -81,6 +83,14 @@ async def test_a_replacement_of_another_version_is_refused(stand: Stand) -> None
     assert stand.file.read_text() == DENY
 
 
+async def test_whatever_is_there_can_be_replaced(stand: Stand) -> None:
+    await stand.store.start()
+    stand.file.write_text("not yet a policy\n")
+    await stand.store.replace(DENY.encode(), None)
+    assert stand.file.read_text() == DENY
+    assert stand.store.current.version == version_of(DENY.encode())
+
+
 async def test_an_edit_while_a_replacement_is_tested_is_not_lost(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     await stand.store.start()
     version = stand.store.current.version
@@ -102,7 +112,8 @@ async def test_of_two_replacements_at_once_one_wins(stand: Stand) -> None:
     texts = [BASE + f"# {i}\n" for i in range(5)]
     results = await asyncio.gather(*(stand.store.replace(t.encode(), version) for t in texts), return_exceptions=True)
     assert [type(r) for r in results].count(PreconditionFailedError) == 4
-    [winner] = [r for r in results if isinstance(r, Policy)]
+    [(before, winner)] = [r for r in results if isinstance(r, tuple)]
+    assert before.version == version
     assert stand.file.read_bytes() == winner.text == stand.store.current.text
 
 

@@ -259,8 +259,9 @@ def test_the_cache_is_warmed_by_text(stand: Stand) -> None:
     warm = ("--tenant", "acme", "--model", "fake")
     assert "109 tokens computed for tenant acme" in stand.ok("cache", "warm", prefix, *warm)
     again = stand.json("cache", "warm", "-", *warm, stdin=prefix)
-    assert (again["tokens"], again["cached_tokens"] > 0) == (109, True)
-    assert "of them known before" in stand.ok("cache", "warm", prefix, *warm)
+    assert (again["tokens"], again["cached_tokens"]) == (109, None)  # acme's own affair
+    assert "109 tokens computed" in stand.ok("cache", "warm", prefix, "--model", "fake")
+    assert "of them known before" in stand.ok("cache", "warm", prefix, "--model", "fake")
     assert stand.json("cache", "warm", "--system", "Be kind.")["status"] == "ok"
     assert stand.json("cache", "status")["data"][0]["hits"] >= 2
     assert "%" in stand.ok("cache", "status")

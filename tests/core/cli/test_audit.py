@@ -97,6 +97,17 @@ def test_what_is_missing_is_named(state: Path, tmp_path: Path) -> None:
     assert (result.exit_code, "chmod 600" in result.output) == (2, True)
 
 
+def test_the_log_of_a_server_that_runs_as_another_user(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        for path in state.iterdir():
+            os.chown(path, 1001, -1)
+    else:
+        us = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: us + 1)
+    result = run("verify", "--state-dir", state)
+    assert (result.exit_code, "ok: 3 records" in result.output) == (0, True)
+
+
 def test_tail(state: Path) -> None:
     result = run("tail", "--state-dir", state, "-n", "2")
     assert result.exit_code == 0

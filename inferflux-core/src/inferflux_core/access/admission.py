@@ -29,6 +29,7 @@ from inferflux_core.errors import (
     AccessUnavailableError,
     AuthenticationError,
     ForbiddenError,
+    InvalidRequestError,
     ModelNotFoundError,
     RateLimitError,
 )
@@ -78,27 +79,43 @@ class ModelDirectory(Protocol[ViewT_co]):
 class Admitted:
     """A request that was let in: what it may use, and what it has to give back."""
 
-    __slots__ = ("_demands", "_lease", "_metrics", "max_tokens")
+    __slots__ = ("_answers", "_lease", "_max_tokens", "_metrics", "_tpm")
 
-    def __init__(self, lease: Lease, demands: Sequence[Demand], max_tokens: int | None, metrics: Metrics) -> None:
+    def __init__(self, lease: Lease, demands: Sequence[Demand], max_tokens: int | None, answers: int, metrics: Metrics) -> None:
         self._lease = lease
-        self._demands = demands
+        self._max_tokens = max_tokens
+        self._answers = answers
         self._metrics = metrics
-        self.max_tokens = max_tokens
+        self._tpm = min((d.limits.tpm for d in demands if d.limits.tpm is not None), default=None)
 
-    async def reserve(self, prompt_tokens: int, output_tokens: int, choices: int) -> None:
+    def max_tokens(self, wanted: int, prompt_tokens: int) -> int:
+        """Most output tokens of each answer.
+
+        One answer may take its quota into debt, by at most a context. Several share what a minute holds, or one request
+        for hundreds would owe the tokens of hours.
+
+        Args:
+            prompt_tokens: of all prompts together.
+        """
+        if self._max_tokens is not None:
+            wanted = min(wanted, self._max_tokens)
+        if self._answers > 1 and self._tpm is not None:
+            wanted = min(wanted, max(1, (self._tpm - prompt_tokens) // self._answers))
+        return wanted
+
+    async def reserve(self, prompt_tokens: int, output_tokens: int) -> None:
         """Take the tokens that the request will use from every quota it is under.
 
         Args:
-            output_tokens: most output tokens of one choice.
+            output_tokens: most output tokens of one answer.
 
         Raises:
             RateLimitError: a quota does not have them now.
         """
-        output = min(output_tokens, RESERVED_OUTPUT_TOKENS) * choices
-        if limits := [d.limits.tpm for d in self._demands if d.limits.tpm is not None]:
+        output = min(output_tokens, RESERVED_OUTPUT_TOKENS) * self._answers
+        if self._tpm is not None and self._answers == 1:
             # A quota smaller than what a request may draw at most still serves it; it then goes into debt.
-            output = min(output, max(0, min(limits) - prompt_tokens))
+            output = min(output, max(0, self._tpm - prompt_tokens))
         try:
             await self._lease.reserve_tokens(prompt_tokens + output)
         except RateLimitError as error:
@@ -297,20 +314,31 @@ class Admission:
 
     # --- how much -----------------------------------------------------------------------------------------------------
 
-    async def admit(self, principal: Principal, model: str) -> Admitted:
+    async def admit(self, principal: Principal, model: str, answers: int = 1) -> Admitted:
         """Count one request for a model against every quota it is under.
 
+        Args:
+            answers: how many it wants at one time, all prompts and choices together.
+
         Raises:
+            InvalidRequestError: it wants more answers at one time than a quota ever allows.
             RateLimitError: one of them is used up; nothing was taken from the others.
             AccessUnavailableError: the counts cannot be reached, and the configuration says to refuse then.
         """
         demands = self._rules.demands(principal, model)
+        most = min((d.limits.concurrency for d in demands if d.limits.concurrency is not None), default=answers)
+        if answers > most:
+            raise InvalidRequestError(
+                f"This request wants {answers} answers at one time, all prompts and choices together; at most {most} are "
+                f"allowed here. Ask for fewer, one request after the other.",
+                code="too_many_answers",
+            )
         try:
-            lease = await self._limiter.acquire(demands, model)
+            lease = await self._limiter.acquire(demands, model, answers)
         except RateLimitError as error:
             self._metrics.rate_limited(error.kind)
             raise
-        return Admitted(lease, demands, self._rules.max_tokens(principal, model), self._metrics)
+        return Admitted(lease, demands, self._rules.max_tokens(principal, model), answers, self._metrics)
 
     @contextlib.asynccontextmanager
     async def counted(self, principal: Principal, model: str) -> AsyncIterator[None]:

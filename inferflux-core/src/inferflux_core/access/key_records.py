@@ -19,6 +19,7 @@ from inferflux_core.settings import Group, Limits
 
 MAX_LIFETIME_S = 100 * 366 * 86_400.0
 
+_MODEL_PATTERN = re.compile(r"[!-~]{1,256}")  # ASCII without spaces
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -100,9 +101,11 @@ def _tenant(text: str) -> str:
 
 
 def _model_pattern(text: str) -> str:
+    if not _MODEL_PATTERN.fullmatch(text):
+        raise ValueError(f"{text[:128]!r} must be 1 to 256 ASCII characters without spaces")
     # One that can match nothing would make a key that may use nothing, and nobody would be told.
     if (problem := pattern_problem(text)) is not None:
-        raise ValueError(f"the pattern {text[:128]!r} {problem}")
+        raise ValueError(f"the pattern {text!r} {problem}")
     return text
 
 

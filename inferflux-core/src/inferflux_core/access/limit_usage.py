@@ -95,9 +95,9 @@ class Usage:
             worst = ("concurrency", SLOT_WAIT)
         return worst
 
-    def add_request(self, limits: Limits) -> None:
-        """Count a request and take a slot."""
-        self.running += 1
+    def add_request(self, limits: Limits, slots: int) -> None:
+        """Count a request and take its slots."""
+        self.running += slots
         if limits.rpm is not None:
             self.requests += 1
 

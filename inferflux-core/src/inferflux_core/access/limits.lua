@@ -3,9 +3,9 @@
 --
 -- KEYS   two for each demand: a hash with what is used, a sorted set of its leases by the time (Unix seconds) they expire.
 --        All begin with the same {hash tag}, so that a cluster keeps them on one node.
--- ARGV   operation, lease id, lease seconds, tokens, reserved, again; then for each demand rpm, tpm, concurrency and daily
---        tokens, 0 for no limit
---          acquire   count a request, take a slot; refused as well if not a single token is left
+-- ARGV   operation, lease id, lease seconds, tokens, reserved, again, slots; then for each demand rpm, tpm, concurrency and
+--        daily tokens, 0 for no limit
+--          acquire   count a request, take its slots; refused as well if not a single token is left
 --          reserve   take `tokens`
 --          settle    the request used `tokens`. The lease knows what was reserved; if it is gone, `reserved` tells what the
 --                    caller knows. `again` is 1 if this may have been done before: then a lease that is gone is settled.
@@ -20,6 +20,7 @@ local MINUTE, DAY, TOLERANCE, SLOT_WAIT = 60, 86400, 1e-6, 1
 local MOST_EXPIRED = 100  -- leases cleared away by one operation
 local operation, lease, lease_seconds = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local amount, reserved, again = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
+local slots = tonumber(ARGV[7])
 local count = #KEYS / 2
 
 local clock = redis.call('TIME')
@@ -54,7 +55,7 @@ end
 
 local function load(i)
   local s = { key = KEYS[2 * i - 1], leases = KEYS[2 * i] }
-  local base = 6 + 4 * (i - 1)
+  local base = 7 + 4 * (i - 1)
   s.rpm, s.tpm = tonumber(ARGV[base + 1]), tonumber(ARGV[base + 2])
   s.concurrency, s.daily = tonumber(ARGV[base + 3]), tonumber(ARGV[base + 4])
   local f = redis.call('HMGET', s.key, 'requests', 'tokens', 'at', 'day', 'day_tokens')
@@ -82,8 +83,15 @@ local function save(s)
   redis.call('EXPIRE', s.leases, keep)
 end
 
+-- The first slot of a lease has its name and its record, further ones only a member of the set each.
+local function slot(k)
+  return k == 1 and lease or lease .. '#' .. k
+end
+
 local function hold(s, tokens, day, day_tokens)
-  redis.call('ZADD', s.leases, text(now + lease_seconds), lease)
+  for k = 1, slots do
+    redis.call('ZADD', s.leases, text(now + lease_seconds), slot(k))
+  end
   redis.call('HSET', s.key, 'lease:' .. lease, string.format('%.0f %.0f %.0f', tokens, day, day_tokens))
 end
 
@@ -120,7 +128,9 @@ if operation == 'settle' then
       local change = amount - tokens
       -- What was reserved yesterday is not given back to today.
       charge(s, change, math.max(change, day == s.day and -day_tokens or 0))
-      redis.call('ZREM', s.leases, lease)
+      for k = 1, slots do
+        redis.call('ZREM', s.leases, slot(k))
+      end
       redis.call('HDEL', s.key, 'lease:' .. lease)
     elseif not again then
       -- It expired or the data was lost: the day's tokens were given back or forgotten; the minute's have drained.
@@ -151,7 +161,7 @@ for i = 1, count do
   if s.tpm > 0 and s.tokens + tokens - s.tpm > TOLERANCE then
     refuse(i, 'tokens', (s.tokens + tokens - s.tpm) * MINUTE / s.tpm)
   end
-  if s.concurrency > 0 and acquire and redis.call('ZCARD', s.leases) >= s.concurrency then
+  if s.concurrency > 0 and acquire and redis.call('ZCARD', s.leases) + slots > s.concurrency then
     refuse(i, 'concurrency', SLOT_WAIT)
   end
 end

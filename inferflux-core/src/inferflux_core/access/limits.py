@@ -1,7 +1,7 @@
 """Quotas: who has which, and what it takes to use them.
 
     LimitRules.demands(principal, model) -> Demands          whose quotas a request is under: its own, its tenant's, the model's
-    Limiter.acquire(demands, model)      -> Lease or 429     one request counted and one slot taken, in all of them or in none
+    Limiter.acquire(demands, model)      -> Lease or 429     one request counted and its slots taken, in all of them or in none
     Lease.reserve_tokens(n)              -> None or 429      prompt and the most it may answer, in all of them or in none
     Lease.settle(used)                                       what was not used is given back, with the slot
 
@@ -117,12 +117,13 @@ class Limiter(ABC):
         """Free what was taken; leases are not settled any more."""
 
     @abstractmethod
-    async def acquire(self, demands: Sequence[Demand], model: str) -> Lease:
-        """Count a request and take a slot, in every quota or in none.
+    async def acquire(self, demands: Sequence[Demand], model: str, slots: int = 1) -> Lease:
+        """Count a request and take its slots, in every quota or in none.
 
         Args:
             demands: no subject twice.
             model: its name, for messages.
+            slots: answers that the request wants at one time, at least 1; each takes a slot of `concurrency`.
 
         Raises:
             RateLimitError: a quota has no request, no slot or not a single token left.

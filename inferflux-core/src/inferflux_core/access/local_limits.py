@@ -32,20 +32,20 @@ class LocalLimiter(Limiter):
         """How many subjects it remembers."""
         return len(self._usages)
 
-    async def acquire(self, demands: Sequence[Demand], model: str) -> Lease:
-        lease = _LocalLease(self, demands, model)
-        lease.try_use(requests=1, slots=1, tokens=1)
+    async def acquire(self, demands: Sequence[Demand], model: str, slots: int = 1) -> Lease:
+        lease = _LocalLease(self, demands, model, slots)
+        lease.try_use(requests=1, slots=slots, tokens=1)
         for demand, usage in zip(demands, lease.usages, strict=True):
-            usage.add_request(demand.limits)
+            usage.add_request(demand.limits, slots)
         lease.read()
         return lease
 
-    def adopt(self, demands: Sequence[Demand], model: str) -> Lease:
-        """A lease for a request that was let in elsewhere: nothing is checked, and only its slot is counted."""
-        lease = _LocalLease(self, demands, model)
+    def adopt(self, demands: Sequence[Demand], model: str, slots: int) -> Lease:
+        """A lease for a request that was let in elsewhere: nothing is checked, and only its slots are counted."""
+        lease = _LocalLease(self, demands, model, slots)
         lease.advance()
         for usage in lease.usages:
-            usage.running += 1
+            usage.running += slots
         lease.read()
         return lease
 
@@ -88,11 +88,13 @@ class _LocalLease(Lease):
         "_readings",
         "_reserved",
         "_settled",
+        "_slots",
         "usages",
     )
 
-    def __init__(self, limiter: LocalLimiter, demands: Sequence[Demand], model: str) -> None:
+    def __init__(self, limiter: LocalLimiter, demands: Sequence[Demand], model: str, slots: int) -> None:
         self._limiter = limiter
+        self._slots = slots
         self._demands = demands
         self._model = model
         self.usages = limiter.usages(demands)
@@ -130,7 +132,7 @@ class _LocalLease(Lease):
         # What was reserved yesterday is not given back to today.
         day_change = max(change, -self._day_reserved if today == self._day else 0)
         for demand, usage in zip(self._demands, self.usages, strict=True):
-            usage.running -= 1
+            usage.running -= self._slots
             usage.add_tokens(demand.limits, change, day_change)
         self.read()
 

@@ -135,12 +135,15 @@ class PolicyStore:
             self._next.add_done_callback(self._reload_done)
         return await asyncio.shield(self._next)
 
-    async def replace(self, text: bytes, expected_version: str | None) -> Policy:
+    async def replace(self, text: bytes, expected_version: str | None) -> tuple[Policy, Policy]:
         """Write a new policy to the file, as it was given, and take it; both or neither.
 
         Args:
             expected_version: version that the writer has seen: of the policy in force, or of the file if that was refused;
                 None replaces whatever is there.
+
+        Returns:
+            The policy that was in force, and the one that is now.
 
         Raises:
             PolicyError: the text is not good, or a test fails.
@@ -151,8 +154,9 @@ class PolicyStore:
             await asyncio.to_thread(self._check_version, expected_version)
             candidate = await asyncio.to_thread(lambda: self._candidate(text, self._read_tests()))
             await asyncio.to_thread(self._write, text, expected_version)
+            before = self.current
             self._take(candidate, None)  # the next look reads the file again, whoever wrote it
-            return self.current
+            return before, self.current
 
     async def dry_run(self, text: bytes) -> Policy:
         """Compile a policy and run the tests, and change nothing.

@@ -103,10 +103,10 @@ class RedisLimiter(Limiter):
         await self._pay()
         await self._script.close()
 
-    async def acquire(self, demands: Sequence[Demand], model: str) -> Lease:
+    async def acquire(self, demands: Sequence[Demand], model: str, slots: int = 1) -> Lease:
         if not demands:
             return _FreeLease()
-        lease = _RedisLease(self, demands, model, secrets.token_hex(8))
+        lease = _RedisLease(self, demands, model, secrets.token_hex(8), slots)
         try:
             await lease.run("acquire")
         except StoreDown as down:
@@ -114,7 +114,7 @@ class RedisLimiter(Limiter):
                 self.owe(lease, 0, 0)
             if (spare := self.without_store()) is None:
                 return _FreeLease()
-            return await spare.acquire(self.divided(demands), model)
+            return await spare.acquire(self.divided(demands), model, slots)
         except asyncio.CancelledError:
             self.owe(lease, 0, 0)
             raise
@@ -187,7 +187,7 @@ class RedisLimiter(Limiter):
         self, lease: _RedisLease, operation: str, tokens: int, reserved: int, *, again: bool
     ) -> tuple[tuple[str, ...], _Args]:
         keys: list[str] = []
-        args: list[str | int | float] = [operation, lease.id, self._lease_seconds, tokens, reserved, int(again)]
+        args: list[str | int | float] = [operation, lease.id, self._lease_seconds, tokens, reserved, int(again), lease.slots]
         for demand in lease.demands:
             name, limits = f"{self._tag}:{demand.subject}", demand.limits
             keys += (name, f"{name}:leases")
@@ -196,10 +196,11 @@ class RedisLimiter(Limiter):
 
 
 class _RedisLease(Lease):
-    __slots__ = ("_day_left", "_limiter", "_model", "_readings", "_reserved", "_settled", "_spare", "demands", "id")
+    __slots__ = ("_day_left", "_limiter", "_model", "_readings", "_reserved", "_settled", "_spare", "demands", "id", "slots")
 
-    def __init__(self, limiter: RedisLimiter, demands: Sequence[Demand], model: str, lease_id: str) -> None:
+    def __init__(self, limiter: RedisLimiter, demands: Sequence[Demand], model: str, lease_id: str, slots: int) -> None:
         self.id = lease_id
+        self.slots = slots
         self.demands = demands
         self._limiter = limiter
         self._model = model
@@ -225,7 +226,7 @@ class _RedisLease(Lease):
             if local is None:
                 return
             if self._spare is None:
-                self._spare = local.adopt(self._limiter.divided(self.demands), self._model)
+                self._spare = local.adopt(self._limiter.divided(self.demands), self._model, self.slots)
             await self._spare.reserve_tokens(tokens)
         else:
             self._reserved += tokens

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from inferflux_core.identity import Action, Principal
@@ -75,6 +76,10 @@ def requirement_of(endpoint: Callable[..., Any]) -> Permission | Rule:
 
 class GuardedRoute(APIRoute):
     """A route that checks what its endpoint was marked with. Use it as `APIRouter(route_class=GuardedRoute)`."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """As Starlette's, whose patterns end in `$`, which would also match before a line break at the end of the path."""
+        return (Match.NONE, {}) if scope.get("path", "").endswith("\n") else super().matches(scope)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind the check."""

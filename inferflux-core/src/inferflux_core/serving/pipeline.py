@@ -44,12 +44,9 @@ from inferflux_core.serving.generation import (
     Usage,
 )
 from inferflux_core.serving.observer import Observer
-from inferflux_core.serving.request_facts import parameter_digest, prompt_size, prompt_texts
+from inferflux_core.serving.request_facts import MAX_BYTES_PER_TOKEN, parameter_digest, prompt_size, prompt_texts
 from inferflux_core.serving.services import ServerState
 from inferflux_core.telemetry.metrics import Metrics
-
-# No tokenizer of a text model averages more bytes a token over a whole prompt: longer ones are refused unseen.
-_MAX_BYTES_PER_TOKEN = 32
 
 
 class _Choice:
@@ -139,7 +136,8 @@ class Pipeline:
         model = self._access.admission.find(principal, self._models, request.model, "generate", context.judged)
         observer.model = outcome.model = model.name
         outcome.fingerprint = model.fingerprint
-        admitted = await self._access.admission.admit(principal, model.name)
+        answers = len(request.prompts) * request.n
+        admitted = await self._access.admission.admit(principal, model.name, answers)
         context.reply_headers |= admitted.headers
         used_tokens = 0
         try:
@@ -171,7 +169,7 @@ class Pipeline:
     async def _reserve(
         self, context: RequestContext, admitted: Admitted, prompts: Sequence[list[int]], requests: Sequence[EngineRequest]
     ) -> None:
-        await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests), len(requests))
+        await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests))
         context.reply_headers |= admitted.headers
 
     async def _describe(self, request: GenerationRequest, outcome: Outcome) -> None:
@@ -234,7 +232,7 @@ class Pipeline:
     async def _tokenize(self, model: ServedModel, request: GenerationRequest, prompt: Prompt) -> list[int]:
         limit = model.max_model_len or 0
         size = prompt_size(prompt)
-        if size > limit * _MAX_BYTES_PER_TOKEN:
+        if size > limit * MAX_BYTES_PER_TOKEN:
             raise ContextLengthExceededError(
                 f"This model's maximum context length is {limit} tokens. Your input of {size} characters is longer than "
                 f"that in any wording. Please shorten it.",
@@ -262,11 +260,10 @@ class Pipeline:
                     param="logit_bias" if token in request.logit_bias else "stop_token_ids",
                 )
         own = context.principal.priority
+        prompt_tokens = sum(map(len, prompts))
         requests: list[EngineRequest] = []
         for prompt in prompts:
-            max_tokens = self._max_tokens(request, model, len(prompt))
-            if admitted.max_tokens is not None:
-                max_tokens = min(max_tokens, admitted.max_tokens)
+            max_tokens = admitted.max_tokens(self._max_tokens(request, model, len(prompt)), prompt_tokens)
             for choice in range(request.n):
                 params = SamplingParams(
                     max_tokens=max_tokens,

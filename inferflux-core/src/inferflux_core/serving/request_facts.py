@@ -10,6 +10,9 @@ import msgspec
 
 from inferflux_core.serving.generation import ChatPrompt, GenerationRequest, Prompt
 
+# No tokenizer of a text model averages more bytes a token over a whole prompt: longer ones are refused unseen.
+MAX_BYTES_PER_TOKEN = 32
+
 _PARAMETERS = tuple(field.name for field in dataclasses.fields(GenerationRequest) if field.name != "prompts")
 
 

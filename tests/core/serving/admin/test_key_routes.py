@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -47,6 +48,15 @@ async def test_a_key_is_made_used_changed_rotated_and_revoked(server: Administer
     for key in (secret, rotated["key"]):
         refused(await server.ask("GET", "/v1/models", key=key), 401, "invalid_api_key")
     assert server.audit.names()[:4] == ["key.created", "key.updated", "key.rotated", "key.revoked"]
+
+
+async def test_a_star_changes_whatever_version_there_is(server: Administered) -> None:
+    made = await server.ok("POST", KEYS, {"name": "ci"})
+    changes = ({"name": "one"}, {"owner": "Ann"}, {"priority": 3})
+    replies = await asyncio.gather(*(server.ask("PATCH", f"{KEYS}/{made['id']}", change, match="*") for change in changes))
+    assert [reply.status_code for reply in replies] == [200, 200, 200]
+    shown = await server.ok("GET", f"{KEYS}/{made['id']}")
+    assert (shown["name"], shown["owner"], shown["priority"], shown["version"]) == ("one", "Ann", 3, 4)
 
 
 async def test_the_list_has_every_key_and_no_secret(server: Administered) -> None:

@@ -105,10 +105,13 @@ async def test_a_warmed_prefix_is_found_by_that_tenant_only(server: Administered
     prefix = "You are a helpful assistant of the acme company. " * 4
     asked = {"model": "fake", "prompt": prefix, "tenant": "acme"}
     first = await server.ok("POST", f"{CACHE}/warm", asked)
-    assert (first["status"], first["model"], first["tenant"], first["cached_tokens"]) == ("ok", "fake", "acme", 0)
-    assert first["tokens"] == len(prefix) + 1
-    again = await server.ok("POST", f"{CACHE}/warm", asked)
-    assert 0 < again["cached_tokens"] < again["tokens"]
+    tokens = len(prefix) + 1
+    assert first == {"status": "ok", "model": "fake", "tenant": "acme", "tokens": tokens, "cached_tokens": None}
+    assert await server.ok("POST", f"{CACHE}/warm", asked) == first  # what acme's prompts begin with is not told
+    own = [await server.ok("POST", f"{CACHE}/warm", {**asked, "tenant": tenant}) for tenant in ("ops", None)]
+    assert own[0] == {**first, "tenant": "ops", "cached_tokens": 0}
+    assert own[1] == {**first, "tenant": "ops", "cached_tokens": own[1]["cached_tokens"]}
+    assert 0 < own[1]["cached_tokens"] < tokens
     keys = {}
     for tenant in ("acme", "other"):
         made = await server.ok("POST", "/v1/admin/api-keys", {"name": tenant, "tenant": tenant, "roles": ["user"]})
@@ -118,13 +121,23 @@ async def test_a_warmed_prefix_is_found_by_that_tenant_only(server: Administered
         tenant: (await server.ok("POST", "/v1/completions", completion, key=key))["usage"]["prompt_tokens_details"]
         for tenant, key in keys.items()
     }
-    assert found["acme"]["cached_tokens"] >= again["cached_tokens"]
+    assert found["acme"]["cached_tokens"] >= own[1]["cached_tokens"]
     assert found["other"]["cached_tokens"] == 0
     [shown] = [model for model in (await server.ok("GET", CACHE))["data"] if model["model"] == "fake"]
-    assert (shown["enabled"], shown["hits"], shown["misses"], shown["hit_rate"]) == (True, 2, 2, 0.5)
-    assert shown["matched_tokens"] == again["cached_tokens"] + found["acme"]["cached_tokens"]
+    assert (shown["enabled"], shown["hits"], shown["misses"], shown["hit_rate"]) == (True, 3, 3, 0.5)
+    assert shown["matched_tokens"] == 2 * own[1]["cached_tokens"] + found["acme"]["cached_tokens"]
     assert "cache.warmed" in server.audit.names()
     assert "helpful" not in str(server.audit.events)
+
+
+async def test_warming_for_another_tenant_is_the_callers_own_use(server: Administered) -> None:
+    warm = {"model": "fake", "prompt": "x" * 64, "tenant": "acme"}
+    table = {"tenants": {"acme": {"rpm": 1}, "ops": {"rpm": 2}}}
+    await server.ok("PUT", "/v1/admin/limits", table, match="0")
+    answers = [await server.ask("POST", f"{CACHE}/warm", warm) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    acme = await server.ok("POST", "/v1/admin/api-keys", {"name": "acme", "tenant": "acme", "roles": ["user"]})
+    assert (await server.ask("POST", "/v1/chat/completions", HELLO, key=acme["key"])).status_code == 200
 
 
 async def test_messages_are_warmed_as_a_chat_reads_them(server: Administered) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.serving.admin.administered import HELLO, POLICY, TESTS, Administered, administered, refused
+from inferflux_core.access.rbac import Policy
+from inferflux_core.serving.admin import policy as policy_routes
+from inferflux_core.serving.admin.policy import MAX_CASES
 
 PATH = "/v1/admin/policy"
 MORE = POLICY + "p, role:user, *, model/second, generate, deny\n"
@@ -85,6 +91,47 @@ async def test_cases_are_run_against_the_policy_in_force_or_a_candidate(server: 
     own = await server.ok("POST", f"{PATH}/test", {})
     assert (own["ok"], own["cases"], own["failures"]) == (True, None, [])
     refused(await server.ask("POST", f"{PATH}/test", {"cases": "a,b\n"}), 400, "policy_invalid", "line 1")
+
+
+async def test_there_is_a_most_of_cases(server: Administered) -> None:
+    case = "role:user,default,model/fake,generate,allow\n"
+    answer = await server.ok("POST", f"{PATH}/test", {"cases": case * MAX_CASES})
+    assert (answer["ok"], answer["cases"]) == (True, MAX_CASES)
+    too_many = await server.ask("POST", f"{PATH}/test", {"cases": case * (MAX_CASES + 1)})
+    refused(too_many, 400, None, "2001 cases", "2000", "split it")
+
+
+async def test_policies_are_read_and_tested_off_the_event_loop(server: Administered, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, threading.Thread] = {}
+
+    def watched(owner: object, name: str) -> None:
+        work = getattr(owner, name)
+
+        def watch(*values: Any) -> Any:
+            threads[name] = threading.current_thread()
+            return work(*values)
+
+        monkeypatch.setattr(owner, name, watch)
+
+    for name in ("check_policy", "read_cases", "run_cases", "_difference"):
+        watched(policy_routes, name)
+    watched(Policy, "compile")
+    watched(Policy, "explain")
+    await server.ok("POST", f"{PATH}/check", {"policy": MORE})
+    await server.ok("POST", f"{PATH}/test", {"cases": TESTS, "policy": MORE})
+    await server.ok("POST", f"{PATH}/explain", {"subject": "key:x", "object": "model/fake", "action": "read"})
+    assert set(threads) == {"check_policy", "read_cases", "run_cases", "_difference", "compile", "explain"}
+    assert threading.current_thread() not in threads.values()
+
+
+async def test_a_star_replaces_what_is_in_force_when_it_is_written(server: Administered) -> None:
+    texts = [POLICY + f"# {number}\n" for number in range(3)]
+    replies = await asyncio.gather(*(server.ask("PUT", PATH, {"policy": text}, match="*") for text in texts))
+    assert [reply.status_code for reply in replies] == [200, 200, 200]
+    assert server.policy_file.read_text() in texts
+    steps = {event["before"]: event["version"] for event in server.audit.events}
+    assert len(steps) == 3
+    assert len(set(steps) - set(steps.values())) == 1  # one after the other, as they were replaced
 
 
 async def test_a_decision_is_explained_as_the_request_would_meet_it(server: Administered) -> None:

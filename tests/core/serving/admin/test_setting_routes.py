@@ -14,6 +14,7 @@ from inferflux_core.errors import ConfigError
 from inferflux_core.models.manager import ModelManager
 from inferflux_core.models.routing import Routing
 from inferflux_core.serving.admin.routing import restore_routing
+from inferflux_core.settings import Limits
 
 LIMITS = "/v1/admin/limits"
 OLD = "/v1/admin/rate_limit"
@@ -51,6 +52,10 @@ WRONG_LIMITS: tuple[tuple[object, str], ...] = (
     ({"default": {"rps": 1}}, "default.rps"),
     ({"tenant": {}}, "tenant"),
     ({"tenants": {"acme": {"tpm": -1}}}, "tenants.acme.tpm"),
+    ({"tenants": {"acme*": {"tpm": 1}}}, "tenants"),
+    ({"tenants": {"": {"tpm": 1}}}, "tenants"),
+    ({"models": {"acme-*": {"tpm": 1}}}, "models"),
+    ({"models": {"**": {"tpm": 1}}}, "models"),
 )
 
 
@@ -74,6 +79,32 @@ async def test_the_older_path_changes_what_it_names(server: Administered) -> Non
     refused(await server.ask("PUT", OLD, {}), 400, None, "tokens_per_minute")
     refused(await server.ask("PUT", OLD, {"tokens_per_minute": 0}), 400, None)
     refused(await server.ask("PUT", OLD, {"tokens_per_minute": 1}, match="0"), 412, "version_mismatch")
+
+
+async def test_a_value_and_its_version_are_of_one_moment(server: Administered) -> None:
+    """Another server of this machine writes; its value is not shown under the name of ours, or ours under its version."""
+    assert server.access.store is not None
+    other = AccessStore(server.access.store.path)
+    try:
+        await other.put_document("limits", {"default": {"rpm": 5}, "tenants": {}, "models": {}}, None)
+        await other.put_document("routing", {"allow_default_fallback": False, "require_ready_backend": True}, None)
+    finally:
+        other.close()
+    shown = await server.ask("GET", LIMITS)
+    assert (shown.headers["etag"], shown.json()["default"]) == ('"1"', {**NO_LIMITS, "rpm": 5})
+    shown = await server.ask("GET", OLD)
+    assert (shown.headers["etag"], shown.json()) == ('"1"', {"tokens_per_minute": None, "requests_per_minute": 5})
+    shown = await server.ask("GET", ROUTING)
+    assert (shown.headers["etag"], shown.json()["allow_default_fallback"]) == ('"1"', False)
+    changed = await server.ok("PUT", OLD, {"tokens_per_minute": 7})
+    assert changed == {"tokens_per_minute": 7, "requests_per_minute": 5}  # the other's change is not undone
+    assert server.access.limit_rules.table.default == Limits(rpm=5, tpm=7)
+
+
+async def test_a_document_of_another_kind_is_no_server_error(server: Administered) -> None:
+    assert server.access.store is not None
+    await server.access.store.put_document("limits", {"rules": []}, None)
+    refused(await server.ask("GET", LIMITS), 503, "auth_unavailable")
 
 
 async def test_of_two_writers_one_learns_that_it_was_late(server: Administered) -> None:

@@ -153,9 +153,8 @@ def policy_routes(services: Services) -> APIRouter:
         If-Match."""
         version = expected_version(request)
         text = await candidate(request)
-        before = store().current
         try:
-            policy = await store().replace(text, version)
+            before, policy = await store().replace(text, version)
         except PolicyError as error:
             raise _refused(error) from None
         added, removed = await asyncio.to_thread(_difference, before, policy)

@@ -36,9 +36,18 @@ def _clamp_bias(bias: float) -> float:
     return max(-100.0, min(100.0, bias))
 
 
+def _few_enough(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError(
+            "too_long", "it should have at most {most} items, not {count}", {"most": MAX_LOGIT_BIAS, "count": len(biases)}
+        )
+    return biases
+
+
 _TokenKey = Annotated[int, BeforeValidator(_token_key), Field(ge=0, le=MAX_INT32)]
 LogitBias = Annotated[
     dict[_TokenKey, Annotated[Finite, AfterValidator(_clamp_bias)]],
+    BeforeValidator(_few_enough),  # pydantic counts them after it has looked at each
     Field(max_length=MAX_LOGIT_BIAS, description="Token id to what is added to its logit, clamped to -100..100."),
 ]
 

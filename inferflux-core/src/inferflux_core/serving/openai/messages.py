@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from inferflux_core.errors import InvalidRequestError
 from inferflux_core.serving.generation import ChatPrompt
-from inferflux_core.serving.json_body import parse_object
+from inferflux_core.serving.json_body import num_values, parse_object
 
 MAX_ARGUMENTS_DEPTH = 64
+MAX_ARGUMENT_VALUES = 100_000  # of all calls of a request together: each is parsed by itself, and printed by the template
+MAX_TOOL_CALLS = 1024  # of one message
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -80,9 +82,15 @@ class Message(BaseModel):
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     function_call: FunctionCall | None = None
     tool_call_id: str | None = None
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls under both names that OpenAI gave them."""
+        function = [] if self.function_call is None else [ToolCall(function=self.function_call)]
+        return [*(self.tool_calls or ()), *function]
 
     @property
     def may_be_silent(self) -> bool:
@@ -94,8 +102,17 @@ def to_chat_prompt(messages: Sequence[Message]) -> ChatPrompt:
     """The messages as chat templates know them: plain strings, `system` for `developer`, arguments as objects.
 
     Raises:
-        InvalidRequestError: with code `unsupported_value`, a content part is not text.
+        InvalidRequestError: with code `unsupported_value`, a content part is not text; with code `invalid_json`, the
+            arguments of all tool calls together have too many values.
     """
+    texts = (call.function.arguments.encode() for message in messages for call in message.calls)
+    if sum(map(num_values, texts)) > MAX_ARGUMENT_VALUES:
+        raise InvalidRequestError(
+            f"The arguments of the tool calls have too many values: at most {MAX_ARGUMENT_VALUES} in all messages together are "
+            f"read; send fewer messages.",
+            param="messages",
+            code="invalid_json",
+        )
     return ChatPrompt([_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
 
 
@@ -105,10 +122,7 @@ def _template_message(message: Message, path: str) -> dict[str, Any]:
         "role": "system" if message.role == "developer" else message.role,
         "content": _flatten(message, path),
     }
-    calls = list(message.tool_calls or [])
-    if message.function_call is not None:
-        calls.append(ToolCall(function=message.function_call))
-    if calls:
+    if calls := message.calls:
         result["tool_calls"] = [_template_call(call) for call in calls]
     reasoning = message.reasoning_content if message.reasoning_content is not None else message.reasoning
     optional = {"name": message.name, "tool_call_id": message.tool_call_id, "reasoning_content": reasoning}

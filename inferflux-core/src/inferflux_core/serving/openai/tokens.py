@@ -13,17 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.errors import InvalidRequestError, ModelLoadingError
+from inferflux_core.errors import ContextLengthExceededError, InvalidRequestError, ModelLoadingError
 from inferflux_core.interfaces import Tokenizer
 from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.exchange import Exchange
-from inferflux_core.serving.generation import Prompt
+from inferflux_core.serving.generation import ChatPrompt, Prompt
 from inferflux_core.serving.guard import GuardedRoute, model_checked
 from inferflux_core.serving.openai.fields import TokenId
 from inferflux_core.serving.openai.messages import Message, to_chat_prompt
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
+from inferflux_core.serving.request_facts import MAX_BYTES_PER_TOKEN, prompt_size
 from inferflux_core.serving.services import ModelView, Services
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -144,6 +145,7 @@ def token_routes(services: Services) -> APIRouter:
         text, add_special = body.text()
         parse_special = body.content is not None if body.parse_special is None else body.parse_special
         async with using(request, body.model) as view:
+            _check_size(view, text)
             tokens = await models.tokenize(view, text, add_special, parse_special)
             if body.content is None:
                 texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
@@ -171,6 +173,16 @@ def token_routes(services: Services) -> APIRouter:
         return json_response(encode(TemplateReply(text)))
 
     return router
+
+
+def _check_size(view: ModelView, prompt: Prompt) -> None:
+    """Refuse what no context holds, as a generation would: tokens take several times the room of their text."""
+    if view.max_model_len is not None and (size := prompt_size(prompt)) > view.max_model_len * MAX_BYTES_PER_TOKEN:
+        raise ContextLengthExceededError(
+            f"This model's maximum context length is {view.max_model_len} tokens. Your input of {size} characters is longer "
+            f"than that in any wording. Please send it in parts.",
+            param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
+        )
 
 
 def _tokenizer(view: ModelView) -> Tokenizer:
