@@ -85,6 +85,14 @@ class AuthProvider(ABC):
     def claims(self, credential: str) -> bool:
         """Whether a credential is of this provider's kind, by its form alone: no I/O, no secret compared."""
 
+    def is_local(self, credential: str) -> bool:
+        """Whether `authenticate` decides about this credential without asking anybody else.
+
+        Such credentials are looked at even when too many others from the same address were refused, so that a noisy neighbour
+        locks nobody out; those that cost somebody a request are not.
+        """
+        return False
+
     @abstractmethod
     async def authenticate(self, credential: str, address: str | None) -> Principal:
         """Who holds this credential.

@@ -183,7 +183,7 @@ class Limits(Group):
     )
     daily_tokens: int | None = Field(None, ge=1, le=MOST, description="Tokens a day (UTC), prompt and output.")
     max_tokens: int | None = Field(
-        None, ge=1, le=MOST, description="Most output tokens of one choice; who asks for more gets these."
+        None, ge=1, le=MOST, description="Most output tokens of one choice; asking for more gets these."
     )
 
 

@@ -12,7 +12,13 @@ from inferflux_core.access.admission import RESERVED_OUTPUT_TOKENS, Admission, J
 from inferflux_core.access.failure_limit import FailureLimit
 from inferflux_core.access.limits import LimitRules, make_limiter
 from inferflux_core.access.policy_store import PolicyStore
-from inferflux_core.errors import AccessUnavailableError, ForbiddenError, ModelNotFoundError, RateLimitError
+from inferflux_core.errors import (
+    AccessUnavailableError,
+    ForbiddenError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    RateLimitError,
+)
 from inferflux_core.identity import Action, Principal
 from inferflux_core.settings import Limits, LimitSettings, PolicySettings
 from inferflux_core.telemetry.metrics import Metrics
@@ -152,21 +158,49 @@ async def test_a_reservation_never_asks_for_more_than_the_quota_holds() -> None:
     """A request without max_tokens may draw thousands; a quota of fewer a minute must still serve it."""
     there = admission()
     admitted = await there.admit(who("generate", limits=Limits(tpm=100)), "tiny")
-    await admitted.reserve(30, 8000, 1)
+    await admitted.reserve(30, 8000)
     assert admitted.headers["x-ratelimit-remaining-tokens"] == "0"
     await admitted.settle(50)
     with pytest.raises(RateLimitError) as caught:
-        await (await there.admit(who("generate", limits=Limits(tpm=100)), "tiny")).reserve(99, 8000, 1)
+        await (await there.admit(who("generate", limits=Limits(tpm=100)), "tiny")).reserve(99, 8000)
     assert caught.value.kind == "tokens"
 
 
 async def test_output_is_reserved_up_to_a_bound() -> None:
     there = admission()
-    admitted = await there.admit(who("generate", limits=Limits(tpm=10_000)), "tiny")
-    await admitted.reserve(100, 8000, 2)
+    admitted = await there.admit(who("generate", limits=Limits(tpm=10_000)), "tiny", 2)
+    await admitted.reserve(100, 8000)
     assert admitted.headers["x-ratelimit-remaining-tokens"] == str(10_000 - 100 - 2 * RESERVED_OUTPUT_TOKENS)
     await admitted.settle(150)
     await admitted.settle(150)
     again = await there.admit(who("generate", limits=Limits(tpm=10_000)), "tiny")
-    await again.reserve(0, 1, 1)
+    await again.reserve(0, 1)
     assert int(again.headers["x-ratelimit-remaining-tokens"]) >= 10_000 - 150 - 1
+
+
+async def test_one_request_cannot_owe_the_tokens_of_hours() -> None:
+    """A single answer may take its quota into debt; many share what a minute holds."""
+    there = admission()
+    one = await there.admit(who("generate", limits=Limits(tpm=1000)), "tiny")
+    assert one.max_tokens(8000, 100) == 8000
+    many = await there.admit(who("generate", limits=Limits(tpm=1000)), "tiny", 256)
+    assert many.max_tokens(400, 64) == (1000 - 64) // 256
+    free = await there.admit(who("generate"), "tiny", 256)
+    assert free.max_tokens(400, 64) == 400
+
+
+async def test_a_slot_is_an_answer_not_a_request() -> None:
+    there = admission()
+    principal = who("generate", limits=Limits(concurrency=4))
+    first = await there.admit(principal, "tiny", 3)
+    with pytest.raises(RateLimitError) as caught:
+        await there.admit(principal, "tiny", 2)
+    assert caught.value.kind == "concurrency"
+    second = await there.admit(principal, "tiny", 1)
+    await first.settle(0)
+    third = await there.admit(principal, "tiny", 3)
+    for admitted in (second, third):
+        await admitted.settle(0)
+    with pytest.raises(InvalidRequestError) as refused:
+        await there.admit(principal, "tiny", 5)
+    assert (refused.value.status, refused.value.code) == (400, "too_many_answers")

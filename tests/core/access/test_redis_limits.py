@@ -119,6 +119,21 @@ async def test_replicas_share_and_prefixes_do_not(redis: RedisServer) -> None:
     assert all(600 < redis.client.ttl(name) <= 720 for name in names), "what nobody uses is dropped"
 
 
+async def test_a_request_for_several_answers_takes_as_many_slots(redis: RedisServer) -> None:
+    async with limiter_on(redis.url) as one, limiter_on(redis.url) as two:
+        lease = await one.acquire([tenant(concurrency=4)], "demo", 3)
+        assert await refused_kind(two.acquire([tenant(concurrency=4)], "demo", 2)) == "concurrency"
+        last = await two.acquire([tenant(concurrency=4)], "demo", 1)
+        await lease.reserve_tokens(5)
+        assert await refused_kind(two.acquire([tenant(concurrency=4)], "demo", 1)) == "concurrency"
+        await lease.settle(5)
+        assert await refused_kind(two.acquire([tenant(concurrency=4)], "demo", 4)) == "concurrency"
+        await (await two.acquire([tenant(concurrency=4)], "demo", 3)).settle(0)
+        await last.settle(0)
+    leases = [name for name in redis.client.keys("*") if name.endswith(":leases")]
+    assert [redis.client.zcard(name) for name in leases] == [0] * len(leases)
+
+
 async def test_a_request_under_no_limit_does_not_ask_redis() -> None:
     events: Counter[str] = Counter()
     async with limiter_on(NOWHERE, events=events, on_store_error="deny") as limiter:

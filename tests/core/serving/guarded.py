@@ -18,7 +18,8 @@ from inferflux_core.telemetry.metrics import Metrics
 
 
 class Badges(AuthProvider):
-    """Credentials `badge-<name>`, each for the principal of that name in `principals`.
+    """Credentials `badge-<name>`, each for the principal of that name in `principals`; `asked-<name>` are as if somebody else
+    had to be asked about them.
 
     Attributes:
         asked: credentials that it was asked about, in order.
@@ -29,11 +30,14 @@ class Badges(AuthProvider):
         self.asked: list[str] = []
 
     def claims(self, credential: str) -> bool:
+        return credential.startswith(("badge-", "asked-"))
+
+    def is_local(self, credential: str) -> bool:
         return credential.startswith("badge-")
 
     async def authenticate(self, credential: str, address: str | None) -> Principal:
         self.asked.append(credential)
-        name = credential.removeprefix("badge-")
+        name = credential.removeprefix("badge-").removeprefix("asked-")
         if name == "crash":
             raise RuntimeError(credential)
         if name == "down":

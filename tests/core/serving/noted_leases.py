@@ -12,6 +12,7 @@ import pytest
 
 from inferflux_core.access.admission import Admission
 from inferflux_core.access.audit.log import NoAudit
+from inferflux_core.access.audit.strangers import Strangers
 from inferflux_core.access.failure_limit import FailureLimit
 from inferflux_core.access.limits import Demand, Lease, Limiter, LimitRules, LimitTable
 from inferflux_core.access.services import AccessServices
@@ -57,7 +58,7 @@ class Book(Limiter):
     refuse: str = ""
     demands: Sequence[Demand] = ()
 
-    async def acquire(self, demands: Sequence[Demand], model: str) -> Lease:
+    async def acquire(self, demands: Sequence[Demand], model: str, slots: int = 1) -> Lease:
         self.demands = demands
         if self.refuse == "acquire":
             raise RateLimitError("no", kind="requests", retry_after=1.0, limit_headers={"x-ratelimit-remaining-requests": "0"})
@@ -151,7 +152,10 @@ async def standing(table: LimitTable | None = None, **groups: Any) -> AsyncItera
         failures=FailureLimit(20),
         metrics=metrics,
     )
-    access = AccessServices(admission=admission, limiter=book, limit_rules=rules, audit=Remembering())
+    audit = Remembering()
+    access = AccessServices(
+        admission=admission, limiter=book, limit_rules=rules, audit=audit, strangers=Strangers(audit, lambda: None)
+    )
     manager = ModelManager(settings, registry, engine)
     await manager.load()
     try:

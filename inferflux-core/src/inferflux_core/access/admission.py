@@ -172,7 +172,7 @@ class Admission:
 
         Raises:
             AuthenticationError: nobody.
-            RateLimitError: too many failures from this address lately; the credential was not looked at.
+            RateLimitError: too many failures from this address lately, and this credential is none that is good.
             AccessUnavailableError: it cannot be found out now.
         """
         if self.open:
@@ -184,17 +184,21 @@ class Admission:
             error.challenge = f"Bearer {self._where}".strip()
             raise error
         mark = self._mark(credential)
-        if mark not in self._known:
-            try:
-                self._failures.check(address)
-            except RateLimitError as error:
-                self._metrics.rate_limited(error.kind)
-                raise
+        provider = next((p for p in self._providers if p.claims(credential)), None)
+        limited = None if mark in self._known else self._over_limit(address)
+        if limited is not None and (provider is None or not provider.is_local(credential)):
+            self._metrics.rate_limited(limited.kind)
+            raise limited
         try:
-            principal = await self._ask(credential, address)
+            if provider is None:
+                raise AuthenticationError("unclaimed")
+            principal = await self._ask(provider, credential, address)
         except AuthenticationError as error:
             self._known.pop(mark, None)
             self.authentication_failed(error, address)
+            if limited is not None:
+                self._metrics.rate_limited(limited.kind)
+                raise limited from None
             raise
         self._known[mark] = None
         self._known.move_to_end(mark)
@@ -202,16 +206,20 @@ class Admission:
             self._known.popitem(last=False)
         return principal
 
+    def _over_limit(self, address: str | None) -> RateLimitError | None:
+        try:
+            self._failures.check(address)
+        except RateLimitError as error:
+            return error
+        return None
+
     def authentication_failed(self, error: AuthenticationError, address: str | None) -> None:
         """Count a failure and say where a credential can be had; for those that a surface finds by itself, too."""
         error.challenge = ", ".join(filter(None, ('Bearer error="invalid_token"', self._where)))
         self._failures.failed(address)
         self._metrics.auth_failure(error.reason)
 
-    async def _ask(self, credential: str, address: str | None) -> Principal:
-        provider = next((p for p in self._providers if p.claims(credential)), None)
-        if provider is None:
-            raise AuthenticationError("unclaimed")
+    async def _ask(self, provider: AuthProvider, credential: str, address: str | None) -> Principal:
         try:
             principal = await provider.authenticate(credential, address)
         except (AuthenticationError, AccessUnavailableError):
@@ -274,14 +282,16 @@ class Admission:
         """Those of the models that exist for this principal."""
         return [model for model in models if self.may_see(principal, model.name)]
 
-    def see(self, principal: Principal, models: ModelDirectory[ViewT_co], name: str | None) -> ViewT_co:
-        """The model of this name, if it exists for this principal.
+    def see(self, principal: Principal, models: ModelDirectory[ViewT_co], name: str | None, judged: list[Judged]) -> ViewT_co:
+        """The model of this name, if it exists for this principal; a refusal is appended to `judged`.
 
         Raises:
             ModelNotFoundError: the same for a model that is not there and for one that may not be seen.
         """
         model = _get(models, name)
         if not self.may_see(principal, model.name):
+            obj = f"model/{model.name}"
+            judged.append(Judged(obj, "read", self.decide(principal, obj, "read")))
             raise ModelNotFoundError(not_found_message(name), param="model")
         return model
 

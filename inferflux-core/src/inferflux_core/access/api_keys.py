@@ -100,6 +100,9 @@ class ApiKeyProvider(AuthProvider):
     def claims(self, credential: str) -> bool:
         return credential.startswith(PREFIX)
 
+    def is_local(self, credential: str) -> bool:
+        return True
+
     async def authenticate(self, credential: str, address: str | None) -> Principal:
         parsed = parse_key(credential)
         if parsed is None:

@@ -16,6 +16,8 @@ from inferflux_core.access.admission import Admission
 from inferflux_core.access.api_keys import ApiKeyProvider
 from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.access.audit.log import AuditLog, NoAudit
+from inferflux_core.access.audit.strangers import Strangers
+from inferflux_core.access.audit.trail import AuditTrail
 from inferflux_core.access.failure_limit import FailureLimit
 from inferflux_core.access.key_ring import KeyRing
 from inferflux_core.access.limits import Limiter, LimitRules, make_limiter
@@ -55,12 +57,14 @@ class AccessServices:
         limit_rules: the quotas in force.
         store: documents that the admin API writes; None without an auth provider.
         audit: the audit log, or what stands for it when it is off.
+        strangers: how much of it those without a credential may fill.
     """
 
     admission: Admission
     limiter: Limiter
     limit_rules: LimitRules
-    audit: AuditLog | NoAudit
+    audit: AuditTrail
+    strangers: Strangers
     providers: Sequence[AuthProvider] = ()
     keys: KeyRing | None = None
     policy: PolicyStore | None = None
@@ -80,7 +84,7 @@ class AccessServices:
         limiter = make_limiter(
             settings.limits, metrics.limiter_event, lease_seconds=settings.server.request_timeout_s + _LEASE_MARGIN_S
         )
-        audit: AuditLog | NoAudit = NoAudit()
+        audit: AuditTrail = NoAudit()
         if settings.audit.enabled or (settings.audit.enabled is None and settings.auth.providers):
             audit = AuditLog(settings.audit, state_dir(settings), metrics.audit)
             metrics.observe_audit(lambda: audit.head)
@@ -107,6 +111,7 @@ class AccessServices:
             limiter=limiter,
             limit_rules=rules,
             audit=audit,
+            strangers=Strangers(audit, lambda: metrics.audit("suppressed")),
             providers=providers,
             keys=keys,
             policy=policy,
@@ -145,6 +150,7 @@ class AccessServices:
         """Stop all parts, the audit log last. One that fails to stop keeps no other from it."""
         async with contextlib.AsyncExitStack() as parts:
             parts.push_async_callback(self.audit.close, AuditEvent(event="server.stop"))
+            parts.callback(self.strangers.flush)
             if self.store is not None:
                 parts.push_async_callback(asyncio.to_thread, self.store.close)
             parts.push_async_callback(self.limiter.close)
@@ -195,7 +201,7 @@ def _table(document: Document) -> LimitTable:
         ) from None
 
 
-def _policy_changed(event: PolicyEvent, metrics: Metrics, audit: AuditLog | NoAudit) -> None:
+def _policy_changed(event: PolicyEvent, metrics: Metrics, audit: AuditTrail) -> None:
     """A change of the policy file, taken or rejected, is counted, logged and recorded."""
     metrics.policy_reload(event.kind)
     fields: dict[str, object] = {"version": event.version}

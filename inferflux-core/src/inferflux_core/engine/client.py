@@ -52,6 +52,11 @@ class OutputStream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def take(self) -> list[EngineOutput]:
+        """What has arrived since the last call, if anything."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
     async def get(self) -> list[EngineOutput]:
         """Everything since the last call; waits for at least one output.
 
@@ -66,8 +71,7 @@ class OutputStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self.take()
 
 
 class WaitingLine:

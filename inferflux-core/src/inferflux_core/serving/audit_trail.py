@@ -10,6 +10,7 @@ from starlette.types import Scope
 from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.serving.exchange import UNMATCHED, Exchange, route_template
 
+_MAX_PATH = 128
 _REFUSED = (401, 403, 404, 429)
 
 
@@ -29,7 +30,7 @@ def audit_event(exchange: Exchange, scope: Scope, status: int) -> AuditEvent:
         "ended_by": _ended_by(exchange, status),
     }
     if fields["api"] == UNMATCHED:
-        fields["path"] = scope["path"]
+        fields["path"] = scope["path"][:_MAX_PATH]
     name = "request.completed"
     if exchange.auth_failure is not None:
         name = "auth.failed"

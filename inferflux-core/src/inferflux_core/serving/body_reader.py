@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,10 @@ from inferflux_core.serving.validation import first_error
 from inferflux_core.settings import ServerSettings
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+# One thread for all large bodies: parsing holds the interpreter's lock, and several at once would take it from the event loop
+# again and again.
+_PARSER = ThreadPoolExecutor(1, thread_name_prefix="inferflux-parser")
 
 INLINE_BYTES = 64 * 1024  # up to this size parsing is faster than handing over to a thread
 
@@ -49,7 +54,7 @@ class BodyReader:
         body = await _read_bytes(request.receive, self._max_bytes)
         if len(body) <= INLINE_BYTES:
             return self._parse(body, model)
-        return await asyncio.to_thread(self._parse, body, model)
+        return await asyncio.get_running_loop().run_in_executor(_PARSER, self._parse, body, model)
 
     def _parse(self, body: bytes, model: type[ModelT]) -> ModelT:
         document = parse_object(body, self._max_depth)

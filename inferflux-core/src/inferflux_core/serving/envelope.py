@@ -11,7 +11,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inferflux_core.access.audit.log import AuditLog, NoAudit
+from inferflux_core.access.services import AccessServices
 from inferflux_core.errors import AccessUnavailableError
 from inferflux_core.serving.audit_trail import audit_event
 from inferflux_core.serving.client_address import TrustedProxies, client_address
@@ -47,14 +47,15 @@ class _Reply:
         refused: the record was not taken, so the answer must not end; None if it was.
     """
 
-    def __init__(self, exchange: Exchange, scope: Scope, send: Send, audit: AuditLog | NoAudit) -> None:
+    def __init__(self, exchange: Exchange, scope: Scope, send: Send, access: AccessServices) -> None:
         self.begun = False
         self.refused: AccessUnavailableError | None = None
         self._exchange = exchange
         self._scope = scope
         self._send = send
-        self._audit = audit
+        self._access = access
         self._head: Message | None = None
+        self._missing = 0  # bytes of the body that are still to come, by Content-Length
         self._recorded = False
 
     async def __call__(self, message: Message) -> None:
@@ -63,7 +64,10 @@ class _Reply:
             self._head = message
             self._exchange.status = message["status"]
             return
-        if not message.get("more_body", False):
+        if self._head is not None:
+            self._missing = _content_length(self._head)
+        self._missing -= len(message.get("body", b""))
+        if not message.get("more_body", False) or self._missing == 0:
             await self.record(self._exchange.status or CLIENT_CLOSED)
         if self._head is not None:
             head, self._head = self._head, None
@@ -86,9 +90,13 @@ class _Reply:
         if self._recorded or route_template(self._scope) in _PROBES:
             return
         self._recorded = True
-        event = audit_event(self._exchange, self._scope, status)
+        exchange = self._exchange
+        is_stranger = exchange.principal.method == "none" and not self._access.admission.open
+        if is_stranger and not self._access.strangers.may_write(exchange.address):
+            return
+        event = audit_event(exchange, self._scope, status)
         try:
-            await self._audit.record(event, important=self._exchange.auth_failure is not None)
+            await self._access.audit.record(event, important=exchange.auth_failure is not None)
         except AccessUnavailableError as error:
             self.refused = error
             raise
@@ -101,7 +109,7 @@ class RequestEnvelope:
         server = services.settings.server
         self._app = OriginGuard(app, check=OriginCheck(server.allowed_origins, server.public_url))
         self._metrics = services.metrics
-        self._audit = services.access.audit
+        self._access = services.access
         self._trusted_proxies = TrustedProxies(server.trusted_proxies)
         self._host_check = HostCheck(server.host, server.allowed_hosts)
 
@@ -115,7 +123,7 @@ class RequestEnvelope:
         exchange.attach(scope)
         token = request_id_var.set(exchange.request_id)
 
-        reply = _Reply(exchange, scope, send, self._audit)
+        reply = _Reply(exchange, scope, send, self._access)
         try:
             await self._answer(exchange, scope, receive, reply)
         finally:
@@ -175,6 +183,11 @@ class RequestEnvelope:
         if exchange.error is not None:
             fields["error"] = exchange.error
         access_logger.log(level, "request", extra={"fields": fields})
+
+
+def _content_length(head: Message) -> int:
+    """Bytes that the body of an answer will have; -1 if it does not say."""
+    return next((int(value) for name, value in head["headers"] if name == b"content-length"), -1)
 
 
 def _request_id(headers: Headers) -> str:

@@ -219,6 +219,9 @@ class Pipeline:
         finally:
             deadline.cancel()
             engine.abort(list(choices))
+            for output in stream.take():
+                # Made for a client that did not read it, or left: it was used all the same.
+                choices[output.request_id].num_generated = output.num_generated
 
     def _submit(self, engine: EngineClient, requests: list[EngineRequest], stream: OutputStream) -> None:
         try:

@@ -158,6 +158,11 @@ SERVER: tuple[MetricSpec, ...] = (
     ),
     MetricSpec(name="inferflux_audit_dropped_total", type="counter", description="Audit records dropped: the queue was full."),
     MetricSpec(
+        name="inferflux_audit_suppressed_total",
+        type="counter",
+        description="Audit records of requests without a credential that were counted together.",
+    ),
+    MetricSpec(
         name="inferflux_audit_head",
         type="gauge",
         description="Sequence number of the last audit record; kept elsewhere, it shows a log that was cut off.",

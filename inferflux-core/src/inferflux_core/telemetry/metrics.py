@@ -155,7 +155,7 @@ class Metrics:
         self._count("inferflux_limiter_events_total", event)
 
     def audit(self, event: str) -> None:
-        """Count what became of an audit record: `records`, `write_failures` or `dropped`."""
+        """Count what became of an audit record: `records`, `write_failures`, `dropped` or `suppressed`."""
         self._counters[f"inferflux_audit_{event}_total"].inc()
 
     def observe_audit(self, head: Callable[[], int]) -> None:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from inferflux_core.serving.error_responses import json_response
+from inferflux_core.serving.exchange import Exchange
 from inferflux_core.serving.guard import GuardedRoute, model_checked, principal_of
 from inferflux_core.serving.openai.wire import ModelExtras, ModelList, ModelObject, encode
 from inferflux_core.serving.openapi import documented
@@ -47,7 +48,8 @@ def model_routes(services: Services) -> APIRouter:
     @model_checked
     async def retrieve_model(request: Request, model_id: str) -> Response:
         """One model by its name, which may contain slashes, or by an alias."""
-        view: ModelView = admission.see(principal_of(request.scope), services.models, model_id)
+        exchange = Exchange.of(request.scope)
+        view: ModelView = admission.see(exchange.principal, services.models, model_id, exchange.judged)
         return json_response(encode(model_object(view)))
 
     return router

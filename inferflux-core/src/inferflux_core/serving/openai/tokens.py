@@ -132,7 +132,7 @@ def token_routes(services: Services) -> APIRouter:
     async def using(request: Request, name: str | None) -> AsyncIterator[ModelView]:
         """The model, if this credential may see it; the request counts against the credential's quota."""
         exchange = Exchange.of(request.scope)
-        view: ModelView = admission.see(exchange.principal, models, name)
+        view: ModelView = admission.see(exchange.principal, models, name, exchange.judged)
         exchange.model = view.name
         async with admission.counted(exchange.principal, view.name):
             yield view
