@@ -137,7 +137,7 @@ async def use(access: AccessServices, principal: Principal, model: str, clock: C
     with clock.time("  admit"):
         admitted = await access.admission.admit(principal, model)
     with clock.time("  reserve and settle"):
-        await admitted.reserve(100, 200, 1)
+        await admitted.reserve(100, 200)
         await admitted.settle(150)
 
 

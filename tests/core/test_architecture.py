@@ -180,6 +180,7 @@ def test_plugins_use_the_public_half_of_core() -> None:
     """Our own plugins import what plugin authors may: interfaces, vocabulary, sampler, settings, errors, hooks, file names."""
     public = {
         "builtin",
+        "client_network",
         "engine.sampling",
         "engine.types",
         "errors",

@@ -52,14 +52,14 @@ class Checked:
             monotonic=self.clock.monotonic,
         )
 
-    async def principal(self, token: str) -> Principal:
-        return await self.provider.authenticate(token, "192.0.2.1")
+    async def principal(self, token: str, address: str = "192.0.2.1") -> Principal:
+        return await self.provider.authenticate(token, address)
 
-    async def verdict(self, token: str) -> str:
+    async def verdict(self, token: str, address: str = "192.0.2.1") -> str:
         """`accepted`, the reason of a refusal, or `unavailable`."""
         failure: AuthenticationError | AccessUnavailableError
         try:
-            await self.principal(token)
+            await self.principal(token, address)
         except (AuthenticationError, AccessUnavailableError) as error:
             failure = error
         else:

@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from inferflux_core.cli.inferctl import inferctl
+from oidc.hostile_provider import INTROSPECTION, hostile_provider
 from oidc.login_case import log_in, private_state
 from oidc.real_provider import RealProvider, real_provider
+from oidc.tokens import b64, claims, header, rsa_key, sign, token
 from served import ServedInferFlux, serving
 
 POLICY = """\
@@ -80,6 +82,62 @@ def test_login_then_everything_that_the_policy_allows(
     assert run("logout")[0] == 0
     code, output = run("models")
     assert (code, "inferctl login" in output) == (1, True)
+
+
+JUNK = {
+    "no JSON": "a.b.c",
+    "empty objects": "e30.e30.x",
+    "alg none": ".".join((b64(json.dumps(header(alg="none")).encode()), b64(b"{}"), "x")),
+    "nested deeply": ".".join((b64(json.dumps(header()).encode()), b64(b"[" * 9000), "x")),
+    "as long as a JWT may be": f"e30.{'x' * 16_000}.x",
+    "encrypted": "e30.x.x.x.x",
+    "opaque": "junk",
+    "long and opaque": "x" * 5000,
+    "not of a token's letters": 'jun"k\\',
+    "Latin-1": "caf\xe9",
+}
+
+
+@pytest.mark.parametrize("name", JUNK)
+def test_junk_is_an_invalid_token(served: ServedInferFlux, name: str) -> None:
+    _expect_invalid_token(served.url, JUNK[name])
+
+
+def test_junk_is_an_invalid_token_where_the_issuer_is_asked_and_will_not_look_at_it(tmp_path: Path) -> None:
+    with hostile_provider() as issuer:
+        entry = {
+            "issuer": issuer.url,
+            "audiences": ["here"],
+            "introspection": {"client_id": "rs", "client_secret": "s3cret"},
+        }
+        config = {
+            "models": [{"source": "fake", "name": "fake"}],
+            "auth": {"providers": ["oidc"], "settings": {"oidc": {"issuers": [entry]}}},
+            "state_dir": str(tmp_path / "state"),
+        }
+        (tmp_path / "inferflux.yaml").write_text(json.dumps(config), encoding="utf-8")
+        with serving("--config", str(tmp_path / "inferflux.yaml")) as server:
+            issuer.replies[INTROSPECTION] = issuer.body(b'{"error":"invalid_request"}', status=400)
+            for number in range(7):  # more than failures of the issuer would be
+                _expect_invalid_token(server.url, f"junk{number}")
+            stranger = sign(header(kid="unknown"), claims(issuer.url), rsa_key("unknown"))
+            for text in (stranger, token(issuer.url)[:-8] + "AAAAAAAA"):
+                _expect_invalid_token(server.url, text)
+            assert issuer.fetches(INTROSPECTION) == 7
+            issuer.replies[INTROSPECTION] = issuer.body(b"", status=500)
+            reply = _get(server.url, "another")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "auth_unavailable")
+
+
+def _get(url: str, token: str) -> httpx.Response:
+    return httpx.get(url + "/v1/models", headers={"authorization": f"Bearer {token}".encode("latin-1")})
+
+
+def _expect_invalid_token(url: str, token: str) -> None:
+    reply = _get(url, token)
+    assert reply.status_code == 401, reply.text
+    assert 'error="invalid_token"' in reply.headers["www-authenticate"]
+    assert token not in reply.text
 
 
 def test_a_token_for_something_else_is_refused_and_one_without_the_scope_told_so(

@@ -15,7 +15,7 @@ from joserfc import jwt
 
 from inferflux_core.errors import ConfigError
 from oidc.checked import Checked, checking
-from oidc.hostile_provider import INTROSPECTION, HostileProvider, hostile_provider
+from oidc.hostile_provider import DISCOVERY, INTROSPECTION, HostileProvider, hostile_provider
 from oidc.tokens import NOW, claims, ec_key, rsa_key, token
 
 
@@ -103,7 +103,7 @@ async def test_at_most_four_calls_at_a_time(issuer: HostileProvider) -> None:
     held = Held(issuer, {"active": False})
     issuer.replies[INTROSPECTION] = held
     async with checking(asking(issuer)) as checked:
-        waiting = [asyncio.create_task(checked.verdict(f"opaque{i}")) for i in range(12)]
+        waiting = [asyncio.create_task(checked.verdict(f"opaque{i}", f"192.0.2.{i % 3}")) for i in range(12)]
         assert await asyncio.to_thread(held.four.wait, 10)
         # Two requests to the issuer and back: a fifth call would have arrived in the meantime.
         assert await checked.verdict(token(issuer.url)) == "accepted"
@@ -111,6 +111,28 @@ async def test_at_most_four_calls_at_a_time(issuer: HostileProvider) -> None:
         held.go_on.set()
         assert set(await asyncio.gather(*waiting)) == {"token_inactive"}
         assert held.arrived == 12
+
+
+async def test_a_burst_of_invented_tokens_holds_up_nobody_else(issuer: HostileProvider) -> None:
+    held = Held(issuer, {"active": False})
+    answer = issuer.replies[INTROSPECTION]
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        (answer if issuer.requests[-1][3]["token"] == "good" else held)(handler)
+
+    issuer.answers["good"] = claims(issuer.url, active=True)
+    issuer.replies[INTROSPECTION] = reply
+    async with checking(asking(issuer)) as checked:
+        # One client has a /64 to choose its addresses from.
+        burst = [asyncio.create_task(checked.verdict(f"junk{i}", f"2001:db8::{i:x}")) for i in range(66)]
+        assert await asyncio.to_thread(held.first.wait, 10)
+        assert await checked.verdict("more", "2001:db8::ffff") == "unavailable"  # 2 are asked about and 64 wait
+        assert await checked.verdict("good", "2001:db8:0:1::1") == "accepted"
+        assert await checked.verdict("good", "2001:db8::1") == "accepted"  # what is known needs no call
+        assert held.arrived == 2
+        held.go_on.set()
+        assert set(await asyncio.gather(*burst)) == {"token_inactive"}
+    assert "circuit_opened" not in checked.events
 
 
 async def test_a_caller_that_goes_away_does_not_end_the_call_of_others(issuer: HostileProvider) -> None:
@@ -146,6 +168,57 @@ async def test_a_failing_issuer_is_left_alone_and_then_tried_by_one(issuer: Host
         assert await checked.verdict("opaque") == "accepted"
         assert await checked.verdict("another") == "accepted"
         assert checked.events.count("circuit_opened") == 2
+
+
+@pytest.mark.parametrize("status", [400, 404, 406, 413, 414, 422, 431, 451])
+async def test_an_issuer_that_will_not_look_at_a_token_refuses_it(issuer: HostileProvider, status: int) -> None:
+    good = issuer.replies[INTROSPECTION]
+    issuer.answers["good"] = claims(issuer.url, active=True)
+    issuer.replies[INTROSPECTION] = issuer.body(b'{"error":"invalid_request"}', status=status)
+    async with checking(asking(issuer)) as checked:
+        for number in range(7):
+            assert await checked.verdict(f"junk{number}") == "token_inactive"
+        issuer.replies[INTROSPECTION] = good
+        assert await checked.verdict("good") == "accepted"
+        assert set(checked.events) == {"introspected"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"error":"invalid_client"}'), (400, b'{"error":"unauthorized_client"}'), (401, b""), (403, b""), (408, b""),
+        (429, b""), (500, b""), (302, b""), (204, b""),
+    ],
+)  # fmt: skip
+async def test_a_refusal_of_this_server_is_none_of_the_token(issuer: HostileProvider, status: int, body: bytes) -> None:
+    issuer.replies[INTROSPECTION] = issuer.body(body, status=status)
+    async with checking(asking(issuer)) as checked:
+        verdicts = [await checked.verdict(f"opaque{number}") for number in range(5)]
+        assert set(verdicts) == {"unavailable"}
+        assert checked.events == ["introspection_failed"] * 5 + ["circuit_opened"]
+
+
+async def test_metadata_that_are_not_there_say_nothing_of_a_token(issuer: HostileProvider) -> None:
+    del issuer.replies[DISCOVERY]
+    async with checking(asking(issuer)) as checked:
+        assert await checked.verdict("opaque") == "unavailable"
+
+
+async def test_a_missing_endpoint_is_logged_with_the_cure(issuer: HostileProvider, caplog: pytest.LogCaptureFixture) -> None:
+    issuer.replies[INTROSPECTION] = issuer.body(b"", status=404)
+    async with checking(asking(issuer)) as checked:
+        assert await checked.verdict("opaque") == "token_inactive"
+    warnings = [record.__dict__["fields"]["cure"] for record in caplog.records if record.name == "inferflux.oidc"]
+    assert warnings == ["check introspection.endpoint"]
+
+
+async def test_the_longest_opaque_token(issuer: HostileProvider) -> None:
+    async with checking(asking(issuer)) as checked:
+        assert await checked.verdict("x" * 4097) == "token_length"
+        assert issuer.fetches(INTROSPECTION) == 0
+        assert await checked.verdict("x" * 4096) == "token_inactive"
+    async with checking({**asking(issuer), "jwt": False}) as checked:
+        assert await checked.verdict(f"e30.{'x' * 5000}.x") == "token_inactive"  # longer, as JSON Web Tokens are
 
 
 async def test_a_failure_is_not_remembered_as_a_no(issuer: HostileProvider) -> None:

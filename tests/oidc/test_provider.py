@@ -22,7 +22,7 @@ from inferflux_auth_oidc.strict_json import parse_object
 from inferflux_core.errors import AuthenticationError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider
 from oidc.checked import Checked, checking
-from oidc.tokens import b64
+from oidc.tokens import b64, token
 
 ISSUER = {"issuer": "https://login.example.com"}
 
@@ -47,6 +47,19 @@ def test_registering_imports_nothing_heavy() -> None:
 async def test_everything_but_api_keys_is_its_own() -> None:
     async with checking(ISSUER) as checked:
         assert [checked.provider.claims(text) for text in ("ifx_live_x", "a.b.c", "opaque", "")] == [False, True, True, True]
+
+
+async def test_what_is_decided_without_asking_anybody() -> None:
+    asked = {"introspection": {"client_id": "rs", "client_secret": "s"}}
+    other = "https://other.example.com"
+    jwts = [token(ISSUER["issuer"]), token(other), token("https://stranger.example.com"), "e30.e30.x"]
+    async with checking({**ISSUER, **asked}) as checked:
+        assert [checked.provider.is_local(text) for text in jwts] == [True] * 4
+        assert not any(checked.provider.is_local(text) for text in ("opaque", "a.b", "a.b.c.d.e", "", "ifx_live_x"))
+    async with checking(ISSUER, {"issuer": other, "jwt": False, **asked}) as checked:
+        assert [checked.provider.is_local(text) for text in jwts] == [True, False, True, True]
+    async with checking({**ISSUER, "jwt": False, **asked}) as checked:
+        assert not any(checked.provider.is_local(text) for text in jwts)
 
 
 async def test_metadata_name_the_issuers_and_the_scopes() -> None:
@@ -78,8 +91,14 @@ def test_a_file_of_authorities_that_is_none_stops_the_start(tmp_path: Path) -> N
     for name in ("ca.pem", "missing.pem"):
         with pytest.raises(ConfigError, match="ca_file"):
             Checked(ISSUER, ca_file=str(tmp_path / name))
-    with pytest.raises(ConfigError, match="proxy"):
-        Checked(ISSUER, proxy="nonsense://host")
+
+
+def test_a_proxy_that_is_none_stops_the_start_and_its_password_is_never_shown() -> None:
+    with pytest.raises(ConfigError, match=r"oidc\.proxy cannot be used; write it as") as caught:
+        Checked(ISSUER, proxy="nonsense://user:pa55word@host")
+    assert "pa55word" not in str(caught.value)
+    checked = Checked(ISSUER, proxy="http://user:pa55word@127.0.0.1:9")
+    assert "pa55word" not in repr(vars(checked.provider)) + repr(checked.provider._settings)
 
 
 SECRET = {"client_id": "rs", "client_secret": "s"}

@@ -14,6 +14,7 @@ from inferflux_auth_oidc.refusal import Refusal
 from inferflux_auth_oidc.strict_json import parse_object
 
 MAX_TOKEN = 16 * 1024  # characters
+MAX_OPAQUE_TOKEN = 4 * 1024  # characters; opaque ones are names of something at the issuer, and are sent there
 MAX_HEADER = 512  # characters of the header segment; joserfc's own cap, below the 8 KiB that would do
 MAX_SIGNATURE = 1024  # characters, as joserfc's cap; RSA of 6,144 bits
 
@@ -60,8 +61,8 @@ def has_jwe_form(text: str) -> bool:
 
 
 def check_length(text: str) -> None:
-    """Raises Refusal if there is nothing, or more than anyone needs."""
-    if not text or len(text) > MAX_TOKEN:
+    """Raises Refusal if there is nothing, or more than a token of this form needs."""
+    if not text or len(text) > MAX_TOKEN or (len(text) > MAX_OPAQUE_TOKEN and not has_jwt_form(text)):
         raise Refusal("token_length")
 
 

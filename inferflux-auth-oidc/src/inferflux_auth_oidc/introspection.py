@@ -1,4 +1,8 @@
-"""Opaque tokens: ask the issuer (RFC 7662), and remember the answer for a short while."""
+"""Opaque tokens: ask the issuer (RFC 7662), and remember the answer for a short while.
+
+Anybody can invent tokens, and each one costs a call. So the calls that one client address has under way are few; its next ones
+wait for those, and nobody else waits for them.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,25 @@ from inferflux_auth_oidc.circuit_breaker import CircuitBreaker
 from inferflux_auth_oidc.claim_checks import check_claims, check_client, expiry
 from inferflux_auth_oidc.client_proof import ClientProof
 from inferflux_auth_oidc.discovery import Discovery
+from inferflux_auth_oidc.fair_turns import FairTurns
 from inferflux_auth_oidc.issuer_http import FetchError, IssuerHttp
 from inferflux_auth_oidc.principals import PrincipalMap
 from inferflux_auth_oidc.refusal import Refusal, Unavailable
 from inferflux_auth_oidc.settings import IntrospectionSettings, IssuerSettings
+from inferflux_core.client_network import client_network
 from inferflux_core.identity import Principal
 
 logger = logging.getLogger("inferflux.oidc")
 
 _POSITIVE_FOR, _NEGATIVE_FOR = 60.0, 10.0  # seconds
 _REMEMBERED = 10_000  # answers of each kind
-_CONCURRENT = 4  # calls at a time
-_WAITING = 256  # calls that may wait for a turn
+_CONCURRENT, _CONCURRENT_OF_CLIENT = 4, 2  # calls at a time
+_WAITING, _WAITING_OF_CLIENT = 512, 64  # calls that may wait for a turn
+# Replies about this server, a busy endpoint or the way there. Any other 4xx is about the token: issuers and what stands before
+# them refuse odd ones so, and nobody who sends those may have the issuer counted as failing.
+_NOT_ABOUT_TOKEN = frozenset({401, 403, 407, 408, 425, 429})
+_ABOUT_CLIENT = frozenset({"invalid_client", "unauthorized_client"})  # RFC 6749 section 5.2: with status 400, also of us
+_NO_ENDPOINT = frozenset({404, 405, 410})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +81,17 @@ class Introspection:
         self._proof = ClientProof(settings, issuer.issuer, now)
         self._principals = PrincipalMap(issuer)
         self._breaker = CircuitBreaker(monotonic)
-        self._turns = asyncio.Semaphore(_CONCURRENT)
+        self._turns = FairTurns(_CONCURRENT, _CONCURRENT_OF_CLIENT, waiting_of_client=_WAITING_OF_CLIENT, waiting=_WAITING)
         # Apart, so that a flood of invented tokens does not push out those of real callers.
         self._accepted: OrderedDict[bytes, _Answer] = OrderedDict()
         self._refused: OrderedDict[bytes, _Answer] = OrderedDict()
         self._calls: dict[bytes, asyncio.Task[_Answer | float]] = {}
 
-    async def principal(self, token: str) -> Principal:
+    async def principal(self, token: str, address: str | None) -> Principal:
         """Who holds a token.
+
+        Args:
+            address: of the client that presents it.
 
         Raises:
             Refusal: the issuer does not vouch for it, or it is not for this server.
@@ -89,9 +103,8 @@ class Introspection:
         if answer is None:
             call = self._calls.get(digest)
             if call is None:
-                if len(self._calls) >= _CONCURRENT + _WAITING:
-                    raise Unavailable(1.0)
-                call = asyncio.create_task(self._run(token, digest), name="inferflux-oidc-introspection")
+                run = self._run(token, digest, client_network(address))
+                call = asyncio.create_task(run, name="inferflux-oidc-introspection")
                 self._calls[digest] = call
             # Shielded: a client that goes away must not end the call that others wait for.
             answer = await asyncio.shield(call)
@@ -118,15 +131,19 @@ class Introspection:
                 del answers[digest]
         return None
 
-    async def _run(self, token: str, digest: bytes) -> _Answer | float:
+    async def _run(self, token: str, digest: bytes, client: str) -> _Answer | float:
         """One call: the answer, or seconds until another try makes sense. Raises nothing but cancellation."""
         try:
-            async with asyncio.timeout(self._timeout), self._turns:
+            async with self._turns.turn(client, self._timeout):
                 if wait := self._breaker.enter():
                     return wait
-                said = await self._guarded(token)
+                # Not together with the wait: a short rest of the time would make the issuer look slow.
+                async with asyncio.timeout(self._timeout):
+                    said = await self._guarded(token)
+        except Unavailable as unavailable:
+            return unavailable.retry_after
         except TimeoutError:
-            return 1.0  # all turns were taken for that long, or this one was
+            return 1.0
         finally:
             self._calls.pop(digest, None)
         if said is None:
@@ -166,9 +183,19 @@ class Introspection:
         endpoint = self._settings.endpoint or await self._discovery.endpoint("introspection_endpoint")
         proof = self._proof.make()
         form = {"token": token, "token_type_hint": "access_token", **proof.form}
-        reply = await self._http.post(endpoint, form, proof.headers)
+        try:
+            said = (await self._http.post(endpoint, form, proof.headers)).body
+        except FetchError as error:
+            status = error.status or 0
+            if not 400 <= status < 500 or status in _NOT_ABOUT_TOKEN or error.code in _ABOUT_CLIENT:
+                raise
+            if status in _NO_ENDPOINT:
+                self._discovery.forget()
+                fields = {"issuer": self._issuer.issuer, "status": status, "cure": "check introspection.endpoint"}
+                logger.warning("an issuer has nothing to say of a token", extra={"fields": fields})
+            said = {"active": False}
         self._count("introspected")
-        return reply.body
+        return said
 
     def _judge(self, said: dict[str, Any]) -> _Answer:
         """Turn what the issuer said into an answer. Anything but a plain yes with good claims is a no."""

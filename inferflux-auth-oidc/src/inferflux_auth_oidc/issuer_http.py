@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from inferflux_auth_oidc.strict_json import parse_object
 from inferflux_core.errors import ConfigError
@@ -23,11 +24,13 @@ class FetchError(Exception):
 
     Attributes:
         status: HTTP status of the reply; None if there was none or it was a 200 that is no use.
+        code: what a 400 gave as its `error` (RFC 6749, section 5.2), to compare with and not to show; empty without one.
     """
 
-    def __init__(self, reason: str, status: int | None = None) -> None:
+    def __init__(self, reason: str, status: int | None = None, code: str = "") -> None:
         super().__init__(reason)
         self.status = status
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Reply:
 class IssuerHttp:
     """A client that follows no redirect, sends no cookie, reads no more than 1 MiB and waits no longer than it was told."""
 
-    def __init__(self, *, timeout: float, ca_file: Path | None = None, proxy: str | None = None) -> None:
+    def __init__(self, *, timeout: float, ca_file: Path | None = None, proxy: SecretStr | None = None) -> None:
         """
         Raises:
             ConfigError: the file of authorities or the proxy cannot be used.
@@ -58,7 +61,7 @@ class IssuerHttp:
         try:
             self._client = httpx.AsyncClient(
                 verify=context,
-                proxy=proxy,
+                proxy=None if proxy is None else proxy.get_secret_value(),
                 trust_env=False,
                 follow_redirects=False,
                 timeout=timeout,
@@ -66,8 +69,9 @@ class IssuerHttp:
                 # A compressed body could be a thousand times as large as what was counted.
                 headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "inferflux"},
             )
-        except (ValueError, httpx.InvalidURL) as error:
-            raise ConfigError(f"auth.settings.oidc.proxy cannot be used: {error}; write it as `http://host:port`") from None
+        except (ValueError, httpx.InvalidURL):
+            # Their messages quote the URL, which may have a password in it.
+            raise ConfigError("auth.settings.oidc.proxy cannot be used; write it as `http://host:port`") from None
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -105,8 +109,22 @@ class IssuerHttp:
 
 
 async def _read(response: httpx.Response) -> bytes:
-    if response.status_code != 200:
-        raise FetchError(f"HTTP status {response.status_code}", response.status_code)
+    status = response.status_code
+    if status != 200:
+        code = await _error_code(response) if status == 400 else ""
+        raise FetchError(f"HTTP status {status}", status, code)
+    return await _read_body(response)
+
+
+async def _error_code(response: httpx.Response) -> str:
+    try:
+        code = parse_object(await _read_body(response)).get("error")
+    except (FetchError, ValueError):
+        return ""
+    return code if isinstance(code, str) else ""
+
+
+async def _read_body(response: httpx.Response) -> bytes:
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise FetchError("the reply is compressed")
     body = bytearray()

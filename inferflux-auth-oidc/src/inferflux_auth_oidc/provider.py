@@ -147,9 +147,22 @@ class OidcProvider(AuthProvider):
     def claims(self, credential: str) -> bool:
         return not credential.startswith(_API_KEY_PREFIX)
 
+    def is_local(self, credential: str) -> bool:
+        """True for JSON Web Tokens, unless it is their issuer's introspection that decides.
+
+        An unknown key may have the keys fetched again; that is rare whoever asks, and tells the issuer nothing of the token.
+        """
+        if not self._reads_jwt or not has_jwt_form(credential):
+            return False
+        try:
+            issuer = self._issuer_of(take_apart(credential))
+        except Refusal:
+            return True
+        return issuer.settings.jwt
+
     async def authenticate(self, credential: str, address: str | None) -> Principal:
         try:
-            return await self._authenticate(credential)
+            return await self._authenticate(credential, address)
         except Refusal as refusal:
             raise AuthenticationError(refusal.reason) from None
         except Unavailable as unavailable:
@@ -158,22 +171,26 @@ class OidcProvider(AuthProvider):
                 retry_after=unavailable.retry_after,
             ) from None
 
-    async def _authenticate(self, credential: str) -> Principal:
+    async def _authenticate(self, credential: str, address: str | None) -> Principal:
         check_length(credential)
         if has_jwe_form(credential):
             raise Refusal("token_encrypted")
         if self._reads_jwt and has_jwt_form(credential):
             token = take_apart(credential)
-            issuer = self._issuers.get(token.issuer) if isinstance(token.issuer, str) else None
-            if issuer is None:
-                raise Refusal("token_issuer")
+            issuer = self._issuer_of(token)
             if issuer.settings.jwt:
                 return await issuer.check(token)
             assert issuer.introspection is not None  # the settings see to it
-            return await issuer.introspection.principal(credential)
+            return await issuer.introspection.principal(credential, address)
         if self._opaque is None or _B64TOKEN.fullmatch(credential) is None:
             raise Refusal("token_malformed")
-        return await self._opaque.principal(credential)
+        return await self._opaque.principal(credential, address)
+
+    def _issuer_of(self, token: CompactToken) -> _Issuer:
+        issuer = self._issuers.get(token.issuer) if isinstance(token.issuer, str) else None
+        if issuer is None:
+            raise Refusal("token_issuer")
+        return issuer
 
     def metadata(self) -> Mapping[str, object]:
         scopes = {issuer.scope_of(action) for issuer in self._settings.issuers for action in ACTIONS}

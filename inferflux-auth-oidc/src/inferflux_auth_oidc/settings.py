@@ -154,8 +154,10 @@ class OidcSettings(Group):
     ca_file: Path | None = Field(
         None, description="PEM file of the authorities that vouch for the issuers' certificates; by default the public ones."
     )
-    proxy: str | None = Field(
-        None, description="`http://host:port` to reach the issuers through. The environment's proxy variables are not used."
+    proxy: SecretStr | None = Field(
+        None,
+        description="`http://host:port` to reach the issuers through, or `http://user:password@host:port`. The environment's "
+        "proxy variables are not used.",
     )
 
     @model_validator(mode="after")
