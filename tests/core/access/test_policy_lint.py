@@ -18,6 +18,11 @@ NO_TENANT = "is not a tenant; use letters, digits and '._-', at most 64, or '*' 
 NO_OBJECT = "is not an object; use 'model/<name>', 'api/<group>' or '**' for everything"
 INVISIBLE = "it has a control character or one that cannot be seen; write the line anew"
 
+KEY_MAKER = (
+    "line 5: warning: it allows 'admin' on 'api/keys' to 'acme': who may administer keys may give any key any role: "
+    "tenants do not divide the admin API"
+)
+
 
 def check(text: str) -> list[str]:
     return [str(problem) for problem in check_policy(text.encode())]
@@ -122,12 +127,32 @@ def test_a_file_of_nonsense_is_refused_before_long() -> None:
             ["line 5: warning: the role 'role:extra' has no effect: no rule is about it or a role that it includes"],
         ),
         ("role, extra\ng, role:extra, role:user, globex\n", []),
+        ("p, role:user, acme, api/keys, admin, allow\n", [KEY_MAKER]),
+        ("p, role:user, acme, api/*, *, allow\n", [KEY_MAKER]),
+        ("p, role:user, acme, **, admin, allow\n", [KEY_MAKER]),
+        ("p, role:user, acme, api/keys, read, allow\np, role:user, acme, api/limits, admin, allow\n", []),
+        ("p, role:user, *, api/keys, admin, allow\n", []),
+        ("p, role:user, acme, api/*, admin, allow\np, role:user, *, **, admin, allow\n", []),
+        (
+            "p, role:user, acme, model/**, admin, allow\np, role:user, acme, api/*, admin, allow\n",
+            [KEY_MAKER.replace("5", "6")],
+        ),
     ],
 )
 def test_what_is_hardly_meant_is_warned_of(rows: str, warnings: list[str]) -> None:
     text = BASE.replace(ROLES, "role, user\n") + "g2, embed, generate\n" + rows
     assert check(text) == warnings
     assert [str(p) for p in compiled(text).warnings] == warnings
+
+
+def test_a_tenant_whose_administrators_may_not_touch_keys_is_fine() -> None:
+    base = BASE.replace(ROLES, "role, user\n")
+    for tenant in ("acme", "*"):
+        deny = f"p, role:user, {tenant}, api/keys, admin, deny\n"
+        found = check(base + "p, role:user, acme, api/*, admin, allow\n" + deny)
+        assert [line for line in found if "may give any key" in line] == []
+    found = check(base + "p, role:user, acme, api/*, admin, allow\np, role:user, globex, api/keys, admin, deny\n")
+    assert KEY_MAKER.replace("5", "4") in found
 
 
 def test_a_policy_of_denies_only_is_warned_of() -> None:

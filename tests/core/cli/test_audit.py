@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -193,11 +194,17 @@ def test_following(tmp_path: Path) -> None:
 def test_tail_follow_in_a_process(state: Path) -> None:
     command = f"from inferflux_core.cli.audit import audit; audit(['tail', '-f', '-n', '1', {str(state / 'audit.jsonl')!r}])"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    assert process.stdout.readline().endswith(b" #3 thing n=2\n")
-    asyncio.run(write_log(state, 1))
-    assert process.stdout.readline().endswith(b" #4 thing n=0\n")
-    process.send_signal(2)
-    assert process.wait(10) == 130
-    process.stdout.close()
+    # Where the tests run in the background of a shell, SIGINT is ignored, and a child inherits that. Its own session keeps a
+    # Ctrl-C that is for the tests from it.
+    command = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {command}"
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    with process:  # closes the pipe and waits
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().endswith(b" #3 thing n=2\n")
+            asyncio.run(write_log(state, 1))
+            assert process.stdout.readline().endswith(b" #4 thing n=0\n")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+        finally:
+            process.kill()  # does nothing to one that has ended

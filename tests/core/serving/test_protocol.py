@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from attacks.raw_http import RawConnection, Reply, head
 from core.serving.edge import GET, ask, edge, post, until
 from inferflux_core.serving import protocol as protocol_module
+from inferflux_core.serving.connections import Connections, Refusal
 from inferflux_core.serving.protocol import DRAIN_SECONDS, MAX_BACKLOG_BYTES, MAX_QUEUED_REQUESTS, EdgeProtocol, Phase
 from inferflux_core.settings import ServerSettings
 
@@ -282,6 +283,78 @@ async def test_a_reader_that_stopped_is_cut_off(idle_timeout_s: float, grace_s: 
         await until(lambda: not e.state.connections)
         done.set()
         await talking
+
+
+class FaultyConnections(Connections):
+    """Raises where it is told to.
+
+    Attributes:
+        broken: name of the method that raises.
+    """
+
+    broken = ""
+
+    def _break(self, method: str) -> None:
+        if self.broken == method:
+            raise RuntimeError("quotes the client")
+
+    def admit(self, address: str | None) -> Refusal | None:
+        self._break("admit")
+        return super().admit(address)
+
+    def refused(self, refusal: Refusal, address: str | None) -> None:
+        self._break("refused")
+        super().refused(refusal, address)
+
+
+@pytest.mark.parametrize(
+    ("broken", "data", "callback"),
+    [
+        ("admit", b"", "connection_made"),
+        ("refused", b"nonsense\r\n\r\n", "data_received"),
+        ("refused", b"GET / HT", "_on_timer"),
+        ("refused", head("GET", "/slow") + b"nonsense\r\n\r\n", "on_response_complete"),
+    ],
+)
+async def test_a_mistake_of_ours_ends_the_connection(
+    broken: str, data: bytes, callback: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with edge(idle_timeout_s=30) as e:
+        monkeypatch.setattr(e.registry, "__class__", FaultyConnections)
+        monkeypatch.setattr(FaultyConnections, "broken", broken)
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(e.url.rpartition(":")[2]))
+        writer.write(data)
+        if b"/slow" in data:
+            await until(lambda: bool(e.state.connections) and e.protocol._postponed is not None)
+            e.gate.set()
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 5)  # ends, whether with what was written before or by a reset
+        await until(lambda: not e.state.connections)
+        assert len(e.registry) == 0
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        monkeypatch.setattr(FaultyConnections, "broken", "")
+        reply, _ = await ask(e, head("GET", "/next", "Connection: close"))
+        assert reply.body == b"/next"
+    (record,) = caplog.records
+    assert (record.name, record.__dict__["fields"]) == ("inferflux.server", {"callback": callback})
+    assert record.exc_info is not None
+    assert "quotes" not in record.getMessage()
+
+
+async def test_a_mistake_in_reading_a_head_is_logged_and_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check_head(*arguments: object) -> None:
+        raise KeyError(arguments)
+
+    monkeypatch.setattr(protocol_module, "check_head", check_head)
+    async with edge() as e:
+        reply, ended = await ask(e, GET)
+        assert (reply.status, ended, e.scopes) == (400, True, [])
+    (record,) = caplog.records
+    assert record.__dict__["fields"] == {"callback": "parser"}
 
 
 def test_what_is_used_of_uvicorn_and_httptools_is_there() -> None:

@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 
+from inferflux_core.access.object_match import compile_pattern
 from inferflux_core.access.policy_file import MAX_PROBLEMS, PolicyError, PolicyRows, Problem, did_you_mean, read_rows
 
 MAX_ROLE_DEPTH = 8
 """Most steps from a role through the roles it includes: Casbin looks no further, and would deny without a word."""
 MAX_RULES = 5000
 MAX_ROLES = 1000
+_KEYS = "api/keys"
 
 
 def check_policy(text: bytes) -> list[Problem]:
@@ -109,12 +111,34 @@ def _without_effect(rows: PolicyRows) -> Iterator[Problem]:
             yield _warn(rule.line, "it never allows anything: another rule denies the same")
         if rule.object.startswith("api/") and rule.action in ("generate", "embed"):
             yield _warn(rule.line, f"it never matches: for {rule.object!r} nobody asks {rule.action!r}, only 'read' or 'admin'")
+    yield from _key_makers(rows)
     if all(rule.effect == "deny" for rule in rows.rules):
         yield _warn(None, "no rule allows anything, so that everything is denied")
     effective = _effective_roles(rows)
     for role, line in rows.roles.items():
         if role not in effective:
             yield _warn(line, f"the role {role!r} has no effect: no rule is about it or a role that it includes")
+
+
+def _key_makers(rows: PolicyRows) -> Iterator[Problem]:
+    """A tenant beside `admin` of keys looks as if it were a limit."""
+    over_keys = [rule for rule in rows.rules if rule.action in ("admin", "*") and _matches(rule.object, _KEYS)]
+    everywhere = {r.subject for r in over_keys if r.effect == "allow" and r.tenant == "*" and r.object == "**"}
+    denied = {(rule.subject, rule.tenant) for rule in over_keys if rule.effect == "deny"}
+    for rule in over_keys:
+        if rule.effect == "deny" or rule.tenant == "*" or rule.subject in everywhere:
+            continue
+        if denied.isdisjoint({(rule.subject, rule.tenant), (rule.subject, "*")}):
+            yield _warn(
+                rule.line,
+                f"it allows 'admin' on {_KEYS!r} to {rule.tenant!r}: who may administer keys may give any key any role: "
+                f"tenants do not divide the admin API",
+            )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    compiled = compile_pattern(pattern)
+    return compiled is not None and compiled.fullmatch(name) is not None
 
 
 def _effective_roles(rows: PolicyRows) -> set[str]:

@@ -14,6 +14,8 @@ LAST is the end: the reply that refused something was written, what still comes 
 While a request is being answered the next one stays unparsed. Those that came with it in one piece are queued, in order.
 
 One timer per connection serves all deadlines. A later deadline leaves it alone, so an ordinary request sets none.
+
+What the event loop calls ends the connection if it raises.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from inferflux_core.serving.connection_faults import aborts, log_fault
 from inferflux_core.serving.connections import Connections, Refusal
+from inferflux_core.serving.held_flow import HeldFlow
 from inferflux_core.serving.request_head import HeadRefused, check_head, split_target
 
 if TYPE_CHECKING:
@@ -73,24 +77,6 @@ class _Stage(Enum):
     BODY = 2
 
 
-class _HeldFlow(FlowControl):
-    """Flow control that the reader of a request's body cannot resume while the connection holds it."""
-
-    held = False
-
-    def hold(self) -> None:
-        self.held = True
-        self.pause_reading()
-
-    def release(self) -> None:
-        self.held = False
-        self.resume_reading()
-
-    def resume_reading(self) -> None:
-        if not self.held:
-            super().resume_reading()
-
-
 class _EndOfInput(Exception):
     """Raised in a callback of the parser: what follows on this connection is not looked at."""
 
@@ -99,11 +85,11 @@ class EdgeProtocol(HttpToolsProtocol):
     """One connection. Made by uvicorn, through a subclass of `edge_protocol`."""
 
     registry: ClassVar[Connections]
-    flow: _HeldFlow
+    flow: HeldFlow
 
+    @aborts
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        super().connection_made(transport)
-        self.flow = _HeldFlow(transport)
+        # Before anything that may fail, as `connection_lost` needs it.
         self._settings = self.registry.settings
         self._max_head_bytes = self._settings.max_header_bytes
         self._max_headers = self._settings.max_headers
@@ -123,7 +109,10 @@ class EdgeProtocol(HttpToolsProtocol):
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
-        self._lingering = False
+        self._lingering = self._admitted = False
+        self._address: str | None = None
+        super().connection_made(transport)
+        self.flow = HeldFlow(transport)
         self._address = self.client[0] if self.client else None
         refusal = self.registry.admit(self._address)
         self._admitted = refusal is None
@@ -135,12 +124,9 @@ class EdgeProtocol(HttpToolsProtocol):
             if not self._lingering:
                 transport.close()
 
+    @aborts
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._admitted:
-            self.registry.release(self._address)
-        if self._lingering:
-            self.registry.linger_done()
         for timer in (self._timer, self._stall_timer):
             if timer is not None:
                 timer.cancel()
@@ -151,9 +137,19 @@ class EdgeProtocol(HttpToolsProtocol):
         # uvicorn tells the last request only, and an earlier one may be the one that is being answered.
         if self._running is not None:
             _disconnect(self._running)
+        if self._admitted:
+            self.registry.release(self._address)
+        if self._lingering:
+            self.registry.linger_done()
+
+    def abort(self) -> None:
+        """End the connection at once; what was written and not read is dropped."""
+        self._ended, self._phase = True, Phase.LAST
+        self.transport.abort()
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
+    @aborts
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
@@ -177,6 +173,8 @@ class EdgeProtocol(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             if not self._ended:
                 cause = error.__context__
+                if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, HeadRefused):
+                    log_fault("parser", cause or error)
                 self._refuse(cause.refusal if isinstance(cause, HeadRefused) else _MALFORMED)
                 return
         if self._body_arrived:
@@ -184,6 +182,7 @@ class EdgeProtocol(HttpToolsProtocol):
             self.cycle.message_event.set()
         self._after_input(phase)
 
+    @aborts
     def eof_received(self) -> None:
         if self._phase is Phase.LAST:
             self.transport.close()
@@ -320,6 +319,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._running = cycle
         self._start_asgi_task(cycle, app)
 
+    @aborts
     def on_response_complete(self) -> None:
         """A reply was written; called by the request's own task."""
         self.server_state.total_requests += 1
@@ -387,12 +387,14 @@ class EdgeProtocol(HttpToolsProtocol):
         self.transport.close()
         self._due_in(self._settings.slow_reader_timeout_s)
 
+    @aborts
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._stall_timer is None:
             seconds = self._settings.slow_reader_timeout_s + WRITE_STALL_GRACE_SECONDS
             self._stall_timer = self.loop.call_later(seconds, self.transport.abort)
 
+    @aborts
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stall_timer is not None:
@@ -412,6 +414,7 @@ class EdgeProtocol(HttpToolsProtocol):
             self._timer.cancel()
         self._timer = self.loop.call_at(deadline, self._on_timer)
 
+    @aborts
     def _on_timer(self) -> None:
         self._timer = None
         if self._deadline is None:
