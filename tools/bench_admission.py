@@ -22,7 +22,7 @@ from pathlib import Path
 
 from inferflux_core.access.admission import Judged
 from inferflux_core.access.audit.events import AuditEvent
-from inferflux_core.access.key_records import NewKey
+from inferflux_core.access.keys.records import NewKey
 from inferflux_core.access.services import AccessServices
 from inferflux_core.errors import RequestError
 from inferflux_core.identity import Principal

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 import httpx
 
 from attacks.raw_http import Reply, head
-from inferflux_core.access.api_key_settings import ApiKeySettings
 from inferflux_core.access.audit.key_files import AuditPaths, read_key
 from inferflux_core.access.audit.verify import Verification, verify
-from inferflux_core.access.key_records import NewKey
-from inferflux_core.access.key_ring import open_keys
+from inferflux_core.access.keys.records import NewKey
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.settings import AuditSettings
 from served import ServedInferFlux, serving, until
 

@@ -14,9 +14,9 @@ import httpx
 from starlette.types import ASGIApp, Message
 
 from core.serving.scripted import FakeModel, FakeModels, Stand, stand
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_records import KeyRecord, NewKey
-from inferflux_core.access.key_ring import KeyRing, open_keys
+from inferflux_core.access.keys.records import KeyRecord, NewKey
+from inferflux_core.access.keys.ring import KeyRing, open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.services import AccessServices
 from inferflux_core.plugins import load_plugins
 from inferflux_core.settings import Settings

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from attacks.access_server import BOSS, POLICY, USER, AccessServer, chat, guarded, next_reply, running
 from attacks.raw_http import RawConnection, ask, head
-from inferflux_core.access.key_format import new_key
+from inferflux_core.access.keys.form import new_key
 from inferflux_core.cli.audit import audit
 from served import events, until
 

@@ -18,10 +18,10 @@ import pytest
 
 from attacks.api_server import CHAT, UNAUTHORIZED, ApiServer, api_server, refusal
 from attacks.raw_http import Reply, ask, head
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import checksum, new_key
-from inferflux_core.access.key_records import KeyChange
-from inferflux_core.access.pepper import load_pepper
+from inferflux_core.access.keys.form import checksum, new_key
+from inferflux_core.access.keys.pepper import load_pepper
+from inferflux_core.access.keys.records import KeyChange
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.store_file import connect
 from served import events
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.access.limiting import NOON, Clocks, key, refused_kind, tenant
-from inferflux_core.access.limits import Demand
-from inferflux_core.access.redis_limits import RedisLimiter
+from inferflux_core.access.limits.quotas import Demand
+from inferflux_core.access.limits.redis_limiter import RedisLimiter
 from inferflux_core.errors import RateLimitError
 from inferflux_core.settings import Limits, LimitSettings
 from redis_server import running_redis
@@ -21,8 +21,8 @@ from redis_server import running_redis
 # A replica: a server process of its own that asks for its share of 1,000 requests when it is told to, all at one time.
 REPLICA = """
 import asyncio, json, sys
-from inferflux_core.access.limits import Demand, make_limiter
-from inferflux_core.access.redis_limits import RedisLimiter
+from inferflux_core.access.limits.quotas import Demand, make_limiter
+from inferflux_core.access.limits.redis_limiter import RedisLimiter
 from inferflux_core.settings import Limits, LimitSettings
 
 async def main(url, count):

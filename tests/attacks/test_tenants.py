@@ -9,7 +9,7 @@ import pytest
 
 from attacks.access_server import BOSS, USER, AccessServer, burst, guarded
 from attacks.raw_http import head
-from inferflux_core.access.key_format import new_key
+from inferflux_core.access.keys.form import new_key
 
 KEYS = {
     "boss": BOSS,

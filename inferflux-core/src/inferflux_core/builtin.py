@@ -99,8 +99,8 @@ def inferflux_backends() -> Iterable[Registration[Backend]]:
 
 
 def _api_keys(settings: BaseModel, context: AuthContext) -> AuthProvider:
-    from inferflux_core.access.api_key_settings import ApiKeySettings
-    from inferflux_core.access.api_keys import ApiKeyProvider
+    from inferflux_core.access.keys.provider import ApiKeyProvider
+    from inferflux_core.access.keys.settings import ApiKeySettings
 
     assert isinstance(settings, ApiKeySettings)
     return ApiKeyProvider(settings, context)
@@ -108,7 +108,7 @@ def _api_keys(settings: BaseModel, context: AuthContext) -> AuthProvider:
 
 @hookimpl
 def inferflux_auth_providers() -> Iterable[Registration[AuthProvider]]:
-    from inferflux_core.access.api_key_settings import ApiKeySettings
+    from inferflux_core.access.keys.settings import ApiKeySettings
 
     return [
         Registration(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.api_keys import ApiKeyProvider
-from inferflux_core.access.key_ring import KeyRing
+from inferflux_core.access.keys.provider import ApiKeyProvider
+from inferflux_core.access.keys.ring import KeyRing
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.errors import AuthenticationError
 from inferflux_core.identity import AuthContext, Principal
 

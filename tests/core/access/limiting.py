@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from inferflux_core.access.limits import Demand
-from inferflux_core.access.local_limits import LocalLimiter
-from inferflux_core.access.redis_limits import EVENTS, RedisLimiter
+from inferflux_core.access.limits.local import LocalLimiter
+from inferflux_core.access.limits.quotas import Demand
+from inferflux_core.access.limits.redis_limiter import EVENTS, RedisLimiter
 from inferflux_core.errors import RateLimitError
 from inferflux_core.settings import Limits, LimitSettings
 

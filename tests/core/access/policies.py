@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from inferflux_core.access.policy_file import PolicyError
-from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
-from inferflux_core.access.rbac import Policy
+from inferflux_core.access.policy.casbin_policy import Policy
+from inferflux_core.access.policy.file import PolicyError
+from inferflux_core.access.policy.store import PolicyEvent, PolicyStore
 from inferflux_core.identity import Principal
 from inferflux_core.settings import PolicySettings
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from inferflux_core.access.admission import RESERVED_OUTPUT_TOKENS, Admission, Judged
-from inferflux_core.access.failure_limit import FailureLimit
-from inferflux_core.access.limits import LimitRules, make_limiter
-from inferflux_core.access.policy_store import PolicyStore
+from inferflux_core.access.limits.failures import FailureLimit
+from inferflux_core.access.limits.quotas import LimitRules, make_limiter
+from inferflux_core.access.policy.store import PolicyStore
 from inferflux_core.errors import (
     AccessUnavailableError,
     ForbiddenError,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from core.access.key_stand import NOW, Stand
-from inferflux_core.access import api_keys
-from inferflux_core.access.api_key_settings import ApiKeySettings, StaticKey
-from inferflux_core.access.key_format import new_key
-from inferflux_core.access.key_records import KeyChange, NewKey, key_principal
-from inferflux_core.access.key_ring import open_keys
-from inferflux_core.access.pepper import load_pepper
-from inferflux_core.access.static_keys import static_hash
+from inferflux_core.access.keys import provider as api_keys
+from inferflux_core.access.keys.form import new_key
+from inferflux_core.access.keys.pepper import load_pepper
+from inferflux_core.access.keys.records import KeyChange, NewKey, key_principal
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings, StaticKey
+from inferflux_core.access.keys.static import static_hash
 from inferflux_core.errors import AccessUnavailableError, AuthenticationError, ConfigError
 from inferflux_core.identity import Principal
 from inferflux_core.settings import Limits

@@ -9,10 +9,10 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.api_keys import ApiKeyProvider
-from inferflux_core.access.key_ring import open_keys
-from inferflux_core.access.pepper import Pepper
+from inferflux_core.access.keys.pepper import Pepper
+from inferflux_core.access.keys.provider import ApiKeyProvider
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.store_file import connect
 from inferflux_core.identity import AuthContext
 
@@ -21,9 +21,9 @@ KILLED_AT_EACH_STATEMENT = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from inferflux_core.access import store_file
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_records import NewKey
-from inferflux_core.access.key_ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
+from inferflux_core.access.keys.records import NewKey
+from inferflux_core.access.keys.ring import open_keys
 
 def work(folder, left):
     plain = store_file.connect
@@ -61,9 +61,9 @@ for n in range(1, 200):
 CREATES_FOR_EVER = """
 import asyncio, sys
 from pathlib import Path
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_records import NewKey
-from inferflux_core.access.key_ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
+from inferflux_core.access.keys.records import NewKey
+from inferflux_core.access.keys.ring import open_keys
 
 async def main():
     keys = open_keys(ApiKeySettings(pepper="p" * 32), Path(sys.argv[1]))

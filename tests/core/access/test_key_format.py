@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inferflux_core.access.key_format import KEY_PATTERN, ParsedKey, checksum, is_key_id, new_key, parse_key
+from inferflux_core.access.keys.form import KEY_PATTERN, ParsedKey, checksum, is_key_id, new_key, parse_key
 
 KEY = "ifx_live_4fK1c09ZtQpX_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefg"
 KEY += checksum(KEY)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from core.access.key_stand import NOW, Stand
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import new_key
-from inferflux_core.access.key_records import NewKey, key_principal
-from inferflux_core.access.key_ring import open_keys
+from inferflux_core.access.keys.form import new_key
+from inferflux_core.access.keys.records import NewKey, key_principal
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.store_file import connect
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inferflux_core.access import key_rows
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import parse_key
-from inferflux_core.access.key_records import KeyChange, KeyRecord, NewKey, key_principal, key_public
-from inferflux_core.access.key_ring import KeyRing, open_keys
-from inferflux_core.access.pepper import Pepper
+from inferflux_core.access.keys import rows as key_rows
+from inferflux_core.access.keys.form import parse_key
+from inferflux_core.access.keys.pepper import Pepper
+from inferflux_core.access.keys.records import KeyChange, KeyRecord, NewKey, key_principal, key_public
+from inferflux_core.access.keys.ring import KeyRing, open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.store import AccessStore
 from inferflux_core.access.store_file import connect
 from inferflux_core.errors import (

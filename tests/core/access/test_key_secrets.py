@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inferflux_core.access.api_key_settings import ApiKeySettings, StaticKey
-from inferflux_core.access.key_format import new_key
-from inferflux_core.access.pepper import Pepper, SecretHash, load_pepper
-from inferflux_core.access.static_keys import read_static_keys, static_hash
+from inferflux_core.access.keys.form import new_key
+from inferflux_core.access.keys.pepper import Pepper, SecretHash, load_pepper
+from inferflux_core.access.keys.settings import ApiKeySettings, StaticKey
+from inferflux_core.access.keys.static import read_static_keys, static_hash
 from inferflux_core.errors import ConfigError
 from inferflux_core.private_files import create_private
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from core.access.limiting import NOON, Clocks, key, model, refusal, refused_kind, tenant
-from inferflux_core.access.limit_headers import go_duration
-from inferflux_core.access.limits import Demand, LimitRules, make_limiter
-from inferflux_core.access.local_limits import LocalLimiter
+from inferflux_core.access.limits.headers import go_duration
+from inferflux_core.access.limits.local import LocalLimiter
+from inferflux_core.access.limits.quotas import Demand, LimitRules, make_limiter
 from inferflux_core.errors import RateLimitError
 from inferflux_core.identity import Principal
 from inferflux_core.settings import Limits, LimitSettings, LimitTable

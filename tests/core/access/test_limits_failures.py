@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inferflux_core.access.failure_limit import FailureLimit
+from inferflux_core.access.limits.failures import FailureLimit
 from inferflux_core.errors import RateLimitError
 
 

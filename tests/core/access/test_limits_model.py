@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from core.access.limiting import Clocks
-from inferflux_core.access.limits import Demand, Lease
+from inferflux_core.access.limits.quotas import Demand, Lease
 from inferflux_core.errors import RateLimitError
 from inferflux_core.settings import Limits
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.access.limiting import eventually, key, limiter_on, refusal, refused_kind, tenant
-from inferflux_core.access.limits import Demand, Limiter, make_limiter
-from inferflux_core.access.redis_script import RedisScript, StoreDown
+from inferflux_core.access.limits.quotas import Demand, Limiter, make_limiter
+from inferflux_core.access.limits.redis_script import RedisScript, StoreDown
 from inferflux_core.errors import AccessUnavailableError, ConfigError, RateLimitError
 from inferflux_core.settings import Limits, LimitSettings
 from redis_server import RedisServer, running_redis

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from inferflux_core.access.object_match import MAX_OBJECT_CHARS, compile_pattern, is_plain, model_matches, pattern_problem
+from inferflux_core.access.policy.match import MAX_OBJECT_CHARS, compile_pattern, is_plain, model_matches, pattern_problem
 
 
 @cache

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from core.access.policies import BASE, compiled
-from inferflux_core.access.policy_cases import PolicyCase, read_cases, run_cases
-from inferflux_core.access.policy_file import PolicyError
-from inferflux_core.access.policy_lint import check_policy
-from inferflux_core.access.rbac import Policy
+from inferflux_core.access.policy.casbin_policy import Policy
+from inferflux_core.access.policy.cases import PolicyCase, read_cases, run_cases
+from inferflux_core.access.policy.file import PolicyError
+from inferflux_core.access.policy.lint import check_policy
 
 ASK_FOR = "ask for one 'model/<name>' or 'api/<group>', without '*'"
 COMMENT = "a comment must be on a line of its own: behind a rule it would become part of its last field"

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.access.policies import BASE, ROLES, compiled
-from inferflux_core.access.policy_file import MAX_POLICY_BYTES, MAX_PROBLEMS, PolicyError, Problem, read_rows
-from inferflux_core.access.policy_lint import check_policy
+from inferflux_core.access.policy.file import MAX_POLICY_BYTES, MAX_PROBLEMS, PolicyError, Problem, read_rows
+from inferflux_core.access.policy.lint import check_policy
 
 NO_ROLE = "is not the name of a role; use letters, digits and '._:/@-', without 'role:' before it"
 NO_SUBJECT = "is not a subject; use 'role:<name>', 'key:<id>' or 'user:<issuer>|<sub>'"

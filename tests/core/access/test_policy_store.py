@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from core.access.policies import BASE, DENY, NEVER_S, Stand, rename_into, who
-from inferflux_core.access import policy_store
-from inferflux_core.access.policy_file import MAX_POLICY_BYTES, PolicyError
-from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
-from inferflux_core.access.rbac import Policy, version_of
+from inferflux_core.access.policy import store as policy_store
+from inferflux_core.access.policy.casbin_policy import Policy, version_of
+from inferflux_core.access.policy.file import MAX_POLICY_BYTES, PolicyError
+from inferflux_core.access.policy.store import PolicyEvent, PolicyStore
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 
 from core.access.policies import BASE, ROLES, compiled, who
-from inferflux_core.access import rbac
-from inferflux_core.access.object_match import model_matches
-from inferflux_core.access.policy_file import PolicyError
-from inferflux_core.access.policy_lint import check_policy
+from inferflux_core.access.policy import casbin_policy as rbac
+from inferflux_core.access.policy.file import PolicyError
+from inferflux_core.access.policy.lint import check_policy
+from inferflux_core.access.policy.match import model_matches
 from inferflux_core.identity import Action, Principal
 
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.access.policies import BASE, ROLES, compiled, who
-from inferflux_core.access import rbac
-from inferflux_core.access.object_match import compile_pattern
-from inferflux_core.access.rbac import Decision
+from inferflux_core.access.policy import casbin_policy as rbac
+from inferflux_core.access.policy.casbin_policy import Decision
+from inferflux_core.access.policy.match import compile_pattern
 from inferflux_core.identity import ACTIONS, Action, Principal
 
 # --- against Casbin itself --------------------------------------------------------------------------------------------

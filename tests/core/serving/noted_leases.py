@@ -13,8 +13,8 @@ import pytest
 from inferflux_core.access.admission import Admission
 from inferflux_core.access.audit.log import NoAudit
 from inferflux_core.access.audit.strangers import Strangers
-from inferflux_core.access.failure_limit import FailureLimit
-from inferflux_core.access.limits import Demand, Lease, Limiter, LimitRules, LimitTable
+from inferflux_core.access.limits.failures import FailureLimit
+from inferflux_core.access.limits.quotas import Demand, Lease, Limiter, LimitRules, LimitTable
 from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.client import EngineClient
 from inferflux_core.engine.inprocess import InProcessEngineClient

@@ -11,7 +11,7 @@ import pytest
 
 from core.serving.noted_leases import ENDLESS, KEY, PROMPT, Stand, exhaust, made, request, standing
 from inferflux_core.access.admission import RESERVED_OUTPUT_TOKENS
-from inferflux_core.access.limits import LimitTable
+from inferflux_core.access.limits.quotas import LimitTable
 from inferflux_core.errors import (
     AccessUnavailableError,
     ContextLengthExceededError,

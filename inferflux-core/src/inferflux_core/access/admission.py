@@ -20,11 +20,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from inferflux_core.access.failure_limit import FailureLimit
-from inferflux_core.access.limits import Demand, Lease, Limiter, LimitRules
-from inferflux_core.access.object_match import model_matches
-from inferflux_core.access.policy_store import PolicyStore
-from inferflux_core.access.rbac import Decision
+from inferflux_core.access.limits.failures import FailureLimit
+from inferflux_core.access.limits.quotas import Demand, Lease, Limiter, LimitRules
+from inferflux_core.access.policy.casbin_policy import Decision
+from inferflux_core.access.policy.match import model_matches
+from inferflux_core.access.policy.store import PolicyStore
 from inferflux_core.errors import (
     AccessUnavailableError,
     AuthenticationError,

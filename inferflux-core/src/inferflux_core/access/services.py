@@ -13,16 +13,16 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from inferflux_core.access.admission import Admission
-from inferflux_core.access.api_keys import ApiKeyProvider
 from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.access.audit.log import AuditLog, NoAudit
 from inferflux_core.access.audit.strangers import Strangers
 from inferflux_core.access.audit.trail import AuditTrail
-from inferflux_core.access.failure_limit import FailureLimit
-from inferflux_core.access.key_ring import KeyRing
-from inferflux_core.access.limits import Limiter, LimitRules, make_limiter
-from inferflux_core.access.policy_file import PolicyError
-from inferflux_core.access.policy_store import PolicyEvent, PolicyStore
+from inferflux_core.access.keys.provider import ApiKeyProvider
+from inferflux_core.access.keys.ring import KeyRing
+from inferflux_core.access.limits.failures import FailureLimit
+from inferflux_core.access.limits.quotas import Limiter, LimitRules, make_limiter
+from inferflux_core.access.policy.file import PolicyError
+from inferflux_core.access.policy.store import PolicyEvent, PolicyStore
 from inferflux_core.access.store import AccessStore, Document
 from inferflux_core.errors import AccessUnavailableError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider

@@ -72,7 +72,7 @@ def check(config_file: Path | None) -> None:
 
 
 async def _check_policy(settings: PolicySettings) -> None:
-    from inferflux_core.access.policy_store import PolicyStore
+    from inferflux_core.access.policy.store import PolicyStore
 
     policy = PolicyStore(settings, lambda event: None)
     await policy.start()

@@ -13,7 +13,7 @@ import httpx
 
 from inferflux_core.access.audit.events import AuditEvent, record_fields
 from inferflux_core.access.audit.log import NoAudit
-from inferflux_core.access.key_records import NewKey
+from inferflux_core.access.keys.records import NewKey
 from inferflux_core.access.services import AccessServices
 from inferflux_core.config import load_settings
 from inferflux_core.effective import as_json, effective_values

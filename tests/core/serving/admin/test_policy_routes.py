@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.serving.admin.administered import HELLO, POLICY, TESTS, Administered, administered, refused
-from inferflux_core.access.rbac import Policy
+from inferflux_core.access.policy.casbin_policy import Policy
 from inferflux_core.serving.admin import policy as policy_routes
 from inferflux_core.serving.admin.policy import MAX_CASES
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from inferflux_core.access.audit.chain import keyed_hash
 from inferflux_core.access.audit.events import MAX_CONTENT, Json
-from inferflux_core.access.key_format import PREFIX
+from inferflux_core.access.keys.form import PREFIX
 
 _MARK = "[redacted]"
 # What straddles the place where the text is cut is recognised by what follows it.

@@ -11,12 +11,12 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import PREFIX, new_key, parse_key
-from inferflux_core.access.key_records import NewKey, key_public
-from inferflux_core.access.key_ring import open_keys
-from inferflux_core.access.pepper import load_pepper
-from inferflux_core.access.static_keys import static_hash
+from inferflux_core.access.keys.form import PREFIX, new_key, parse_key
+from inferflux_core.access.keys.pepper import load_pepper
+from inferflux_core.access.keys.records import NewKey, key_public
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
+from inferflux_core.access.keys.static import static_hash
 from inferflux_core.config import load_settings
 from inferflux_core.errors import ConfigError, RequestError
 from inferflux_core.plugins import load_plugins

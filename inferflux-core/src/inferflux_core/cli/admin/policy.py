@@ -152,8 +152,8 @@ def set_policy(server: Server, /, file: Path, expect: str | None) -> None:
 
 
 def _checked_here(file: Path) -> dict[str, Any]:
-    from inferflux_core.access.policy_lint import check_policy
-    from inferflux_core.access.rbac import version_of
+    from inferflux_core.access.policy.casbin_policy import version_of
+    from inferflux_core.access.policy.lint import check_policy
 
     text = file.read_bytes()
     problems = check_policy(text)
@@ -167,9 +167,9 @@ def _checked_here(file: Path) -> dict[str, Any]:
 
 
 def _tested_here(file: Path, cases: Path) -> dict[str, Any]:
-    from inferflux_core.access.policy_cases import read_cases, run_cases
-    from inferflux_core.access.policy_file import PolicyError
-    from inferflux_core.access.rbac import Policy
+    from inferflux_core.access.policy.casbin_policy import Policy
+    from inferflux_core.access.policy.cases import read_cases, run_cases
+    from inferflux_core.access.policy.file import PolicyError
 
     try:
         compiled = Policy.compile(file.read_bytes(), str(file))

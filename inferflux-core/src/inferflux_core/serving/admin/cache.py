@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.key_records import Tenant
+from inferflux_core.access.keys.records import Tenant
 from inferflux_core.errors import InvalidRequestError
 from inferflux_core.serving.admin.body import AdminBodyReader
 from inferflux_core.serving.admin.record import record

@@ -10,8 +10,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.key_records import KeyChange, KeyRecord, NewKey, key_public
-from inferflux_core.access.key_ring import MAX_OVERLAP_S, KeyRing
+from inferflux_core.access.keys.records import KeyChange, KeyRecord, NewKey, key_public
+from inferflux_core.access.keys.ring import MAX_OVERLAP_S, KeyRing
 from inferflux_core.errors import UnavailableError
 from inferflux_core.serving.admin.body import AdminBodyReader
 from inferflux_core.serving.admin.limits import LimitsObject

@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from inferflux_core.access.key_records import Roles, Tenant, key_principal
-from inferflux_core.access.policy_cases import read_cases, run_cases
-from inferflux_core.access.policy_explain import Explanation
-from inferflux_core.access.policy_file import PolicyError, Problem
-from inferflux_core.access.policy_lint import check_policy
-from inferflux_core.access.policy_store import PolicyStore
-from inferflux_core.access.rbac import Policy, version_of
+from inferflux_core.access.keys.records import Roles, Tenant, key_principal
+from inferflux_core.access.policy.casbin_policy import Policy, version_of
+from inferflux_core.access.policy.cases import read_cases, run_cases
+from inferflux_core.access.policy.explain import Explanation
+from inferflux_core.access.policy.file import PolicyError, Problem
+from inferflux_core.access.policy.lint import check_policy
+from inferflux_core.access.policy.store import PolicyStore
 from inferflux_core.errors import InvalidRequestError, NotFoundError, UnavailableError
 from inferflux_core.identity import ACTIONS, Action, Principal
 from inferflux_core.serving.admin.body import AdminBodyReader, is_text

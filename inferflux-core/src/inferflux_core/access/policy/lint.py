@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 
-from inferflux_core.access.object_match import compile_pattern
-from inferflux_core.access.policy_file import MAX_PROBLEMS, PolicyError, PolicyRows, Problem, did_you_mean, read_rows
+from inferflux_core.access.policy.file import MAX_PROBLEMS, PolicyError, PolicyRows, Problem, did_you_mean, read_rows
+from inferflux_core.access.policy.match import compile_pattern
 
 MAX_ROLE_DEPTH = 8
 """Most steps from a role through the roles it includes: Casbin looks no further, and would deny without a word."""

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from inferflux_core.access.object_match import MAX_OBJECT_CHARS, compile_pattern, is_plain
-from inferflux_core.access.policy_file import Binding, PolicyError, PolicyRows, Problem, Rule, is_tenant
-from inferflux_core.access.policy_lint import parse_policy
+from inferflux_core.access.policy.file import Binding, PolicyError, PolicyRows, Problem, Rule, is_tenant
+from inferflux_core.access.policy.lint import parse_policy
+from inferflux_core.access.policy.match import MAX_OBJECT_CHARS, compile_pattern, is_plain
 from inferflux_core.identity import ACTIONS, ANONYMOUS, Action, Principal
 
 if TYPE_CHECKING:
-    from inferflux_core.access.policy_explain import Explanation
+    from inferflux_core.access.policy.explain import Explanation
 
 CACHED_DECISIONS = 65_536
 CACHED_MODELS = 1024
@@ -148,7 +148,7 @@ class Policy:
 
     def explain(self, principal: Principal, obj: str, action: Action) -> Explanation:
         """The decision, the roles it rests on and where they come from, and the rules that nearly matched."""
-        from inferflux_core.access.policy_explain import explain
+        from inferflux_core.access.policy.explain import explain
 
         return explain(self, principal, obj, action)
 

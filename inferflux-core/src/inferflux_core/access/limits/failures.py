@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-from inferflux_core.access.limit_usage import MINUTE, TOLERANCE
+from inferflux_core.access.limits.usage import MINUTE, TOLERANCE
 from inferflux_core.client_network import client_network
 from inferflux_core.errors import RateLimitError
 

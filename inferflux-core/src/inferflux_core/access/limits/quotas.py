@@ -143,10 +143,10 @@ def make_limiter(settings: LimitSettings, on_event: Callable[[str], None], *, le
     """
     # Imported here: both modules need this one, and the Redis client is an extra.
     if settings.store == "memory":
-        from inferflux_core.access.local_limits import LocalLimiter
+        from inferflux_core.access.limits.local import LocalLimiter
 
         return LocalLimiter()
-    from inferflux_core.access.redis_limits import RedisLimiter
+    from inferflux_core.access.limits.redis_limiter import RedisLimiter
 
     return RedisLimiter(settings, on_event, lease_seconds=lease_seconds)
 

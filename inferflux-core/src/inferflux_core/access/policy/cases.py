@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from inferflux_core.access.object_match import MAX_OBJECT_CHARS
-from inferflux_core.access.policy_file import (
+from inferflux_core.access.policy.casbin_policy import Policy
+from inferflux_core.access.policy.file import (
     MAX_PROBLEMS,
     PolicyError,
     Problem,
@@ -23,7 +23,7 @@ from inferflux_core.access.policy_file import (
     is_tenant,
     split_fields,
 )
-from inferflux_core.access.rbac import Policy
+from inferflux_core.access.policy.match import MAX_OBJECT_CHARS
 from inferflux_core.identity import ACTIONS, Action, Principal
 
 HEADER = ["subject", "tenant", "object", "action", "expected"]

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from pydantic import SecretStr
 
-from inferflux_core.access.api_key_settings import ApiKeySettings
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.errors import ConfigError
 from inferflux_core.private_files import create_private, make_private_folder, read_private
 

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from inferflux_core.access import key_rows
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import PREFIX, new_key, parse_key
-from inferflux_core.access.key_records import KeyRecord, key_principal
-from inferflux_core.access.key_ring import open_keys
-from inferflux_core.access.pepper import SecretHash
-from inferflux_core.access.static_keys import read_static_keys
+from inferflux_core.access.keys import rows as key_rows
+from inferflux_core.access.keys.form import PREFIX, new_key, parse_key
+from inferflux_core.access.keys.pepper import SecretHash
+from inferflux_core.access.keys.records import KeyRecord, key_principal
+from inferflux_core.access.keys.ring import open_keys
+from inferflux_core.access.keys.settings import ApiKeySettings
+from inferflux_core.access.keys.static import read_static_keys
 from inferflux_core.client_network import parse_address
 from inferflux_core.errors import AccessUnavailableError, AuthenticationError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider, Principal

@@ -6,10 +6,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from inferflux_core.access.limit_headers import limit_headers
-from inferflux_core.access.limit_refusals import rate_limited
-from inferflux_core.access.limit_usage import DAY, Reading, Refusal, Usage
-from inferflux_core.access.limits import Demand, Lease, Limiter
+from inferflux_core.access.limits.headers import limit_headers
+from inferflux_core.access.limits.quotas import Demand, Lease, Limiter
+from inferflux_core.access.limits.refusals import rate_limited
+from inferflux_core.access.limits.usage import DAY, Reading, Refusal, Usage
 from inferflux_core.errors import RateLimitError
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inferflux_core.access.policy_cases import read_cases, run_cases
-from inferflux_core.access.policy_file import MAX_POLICY_BYTES, PolicyError, Problem
-from inferflux_core.access.rbac import Policy, version_of
+from inferflux_core.access.policy.casbin_policy import Policy, version_of
+from inferflux_core.access.policy.cases import read_cases, run_cases
+from inferflux_core.access.policy.file import MAX_POLICY_BYTES, PolicyError, Problem
 from inferflux_core.errors import ConflictError, PreconditionFailedError
 from inferflux_core.private_files import sync_folder, temporary_beside
 from inferflux_core.settings import PolicySettings

@@ -12,11 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-from inferflux_core.access import key_rows
-from inferflux_core.access.api_key_settings import ApiKeySettings
-from inferflux_core.access.key_format import is_key_id, new_key
-from inferflux_core.access.key_records import KeyChange, KeyRecord, NewKey
-from inferflux_core.access.pepper import Pepper, load_pepper
+from inferflux_core.access.keys import rows as key_rows
+from inferflux_core.access.keys.form import is_key_id, new_key
+from inferflux_core.access.keys.pepper import Pepper, load_pepper
+from inferflux_core.access.keys.records import KeyChange, KeyRecord, NewKey
+from inferflux_core.access.keys.settings import ApiKeySettings
 from inferflux_core.access.store import AccessStore
 from inferflux_core.errors import (
     AccessUnavailableError,

@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
-from inferflux_core.access.key_records import KeyRecord
-from inferflux_core.access.pepper import MAX_HASHES, SecretHash
+from inferflux_core.access.keys.pepper import MAX_HASHES, SecretHash
+from inferflux_core.access.keys.records import KeyRecord
 from inferflux_core.identity import ACTIONS
 from inferflux_core.settings import Limits
 

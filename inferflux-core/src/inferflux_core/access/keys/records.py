@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, Field, model_validator
 
-from inferflux_core.access.object_match import pattern_problem
+from inferflux_core.access.policy.match import pattern_problem
 from inferflux_core.identity import ACTIONS, TENANT, Action, Principal
 from inferflux_core.settings import Group, Limits
 

@@ -6,10 +6,10 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 
-from inferflux_core.access.api_key_settings import STATIC_HASH, StaticKey
-from inferflux_core.access.key_format import PREFIX, parse_key
-from inferflux_core.access.key_records import KeyRecord
-from inferflux_core.access.pepper import Pepper, SecretHash
+from inferflux_core.access.keys.form import PREFIX, parse_key
+from inferflux_core.access.keys.pepper import Pepper, SecretHash
+from inferflux_core.access.keys.records import KeyRecord
+from inferflux_core.access.keys.settings import STATIC_HASH, StaticKey
 from inferflux_core.errors import ConfigError
 
 

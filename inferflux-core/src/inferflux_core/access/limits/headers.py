@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from inferflux_core.access.limit_usage import MINUTE, Reading
-from inferflux_core.access.limits import Demand
+from inferflux_core.access.limits.quotas import Demand
+from inferflux_core.access.limits.usage import MINUTE, Reading
 
 
 def limit_headers(demands: Sequence[Demand], readings: Sequence[Reading], day_left: float) -> dict[str, str]:

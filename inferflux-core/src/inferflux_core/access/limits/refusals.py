@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from inferflux_core.access.limit_usage import Refusal
-from inferflux_core.access.limits import Demand
+from inferflux_core.access.limits.quotas import Demand
+from inferflux_core.access.limits.usage import Refusal
 from inferflux_core.errors import RateLimitError
 from inferflux_core.identity import ANONYMOUS
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from inferflux_core.access.key_format import is_env
-from inferflux_core.access.key_records import KeyTerms
+from inferflux_core.access.keys.form import is_env
+from inferflux_core.access.keys.records import KeyTerms
 from inferflux_core.settings import Group
 
 STATIC_HASH = re.compile(r"hmac-sha256:([A-Za-z0-9.-]{1,32}):([0-9A-Za-z]{12}):([0-9a-f]{64})")

@@ -1,4 +1,4 @@
-"""Quotas counted in Redis, shared by all replicas. `limits.lua` does the counting; here is what happens around it.
+"""Quotas counted in Redis, shared by all replicas. `usage.lua` does the counting; here is what happens around it.
 
 While Redis cannot be used `limits.on_store_error` says what is done: counting in this process with each limit divided by the
 number of replicas, refusing, or letting everything pass. What could not be given back to Redis is given back when it returns;
@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from inferflux_core.access.limit_headers import limit_headers
-from inferflux_core.access.limit_refusals import rate_limited
-from inferflux_core.access.limit_usage import DAY, Reading, Refusal
-from inferflux_core.access.limits import Demand, Lease, Limiter
-from inferflux_core.access.local_limits import LocalLimiter
-from inferflux_core.access.redis_script import RedisScript, StoreDown
+from inferflux_core.access.limits.headers import limit_headers
+from inferflux_core.access.limits.local import LocalLimiter
+from inferflux_core.access.limits.quotas import Demand, Lease, Limiter
+from inferflux_core.access.limits.redis_script import RedisScript, StoreDown
+from inferflux_core.access.limits.refusals import rate_limited
+from inferflux_core.access.limits.usage import DAY, Reading, Refusal
 from inferflux_core.errors import AccessUnavailableError, ConfigError
 from inferflux_core.settings import Limits, LimitSettings
 
@@ -82,7 +82,7 @@ class RedisLimiter(Limiter):
         self._local = LocalLimiter()
         self._script = RedisScript(
             settings.redis_url.get_secret_value(),
-            files("inferflux_core.access").joinpath("limits.lua").read_text(encoding="utf-8"),
+            files("inferflux_core.access.limits").joinpath("usage.lua").read_text(encoding="utf-8"),
             on_event=on_event,
             meanwhile=_MEANWHILE[self._on_error].format(replicas=self._replicas),
             timeout=timeout,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inferflux_core.access.object_match import MAX_OBJECT_CHARS, is_plain
-from inferflux_core.access.policy_file import Rule, is_tenant
-from inferflux_core.access.rbac import Decision, Policy, Standing
+from inferflux_core.access.policy.casbin_policy import Decision, Policy, Standing
+from inferflux_core.access.policy.file import Rule, is_tenant
+from inferflux_core.access.policy.match import MAX_OBJECT_CHARS, is_plain
 from inferflux_core.identity import ACTIONS, ANONYMOUS, Action, Principal
 
 NEAREST = 5

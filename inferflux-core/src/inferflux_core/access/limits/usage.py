@@ -1,4 +1,4 @@
-"""How much of a quota is used: the arithmetic, without a store. `limits.lua` is the same in Redis; tests hold the two together.
+"""How much of a quota is used: the arithmetic, without a store. `usage.lua` is the same in Redis; tests hold the two together.
 
 A minute's limit is a bucket that each use fills and that drains at the limit's pace (GCRA, continuous-state leaky bucket):
 

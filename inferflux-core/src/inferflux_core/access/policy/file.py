@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn, cast
 
-from inferflux_core.access.object_match import compile_pattern, is_plain, pattern_problem
+from inferflux_core.access.policy.match import compile_pattern, is_plain, pattern_problem
 from inferflux_core.errors import ConfigError
 from inferflux_core.identity import ACTIONS, ANONYMOUS, TENANT, Action
 
