@@ -94,8 +94,9 @@ class AccessServer:
         return head("POST", "/v1/chat/completions", *lines, f"Content-Length: {len(body)}") + body
 
     def records(self) -> list[dict[str, Any]]:
-        """What is in the audit log now."""
-        return [json.loads(line) for line in self.audit_log.read_bytes().splitlines()]
+        """What is in the audit log now; the last line may be in the making."""
+        complete, _, _ = self.audit_log.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in complete.splitlines()]
 
     def record_of(self, request_id: str) -> dict[str, Any]:
         """The one record of a request that is waited for."""

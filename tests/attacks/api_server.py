@@ -113,8 +113,9 @@ class ApiServer:
         return {name: float(value) for name, _, value in samples}
 
     def audit_lines(self) -> list[bytes]:
-        """Lines of the audit log, without their ends."""
-        return (self.state / "audit.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
+        """Lines of the audit log, without their ends; the last one may be in the making."""
+        complete, _, _ = (self.state / "audit.jsonl").read_bytes().rpartition(b"\n")
+        return complete.split(b"\n")
 
     def record_of(self, reply: httpx.Response) -> dict[str, Any]:
         """The audit record of a request; it is written a moment after the reply."""
