@@ -195,7 +195,7 @@ class AuthSettings(Group):
     )
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Settings of each provider by its name.")
     max_failures_per_minute: int = Field(
-        20, ge=1, description="Failed authentications of one client address a minute; then 429 whatever is sent."
+        20, ge=1, description="Failed authentications of one client address a minute; then 429 for what is not good."
     )
 
 
