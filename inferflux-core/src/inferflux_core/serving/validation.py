@@ -44,7 +44,8 @@ def _reason(details: Mapping[str, Any]) -> str:
         return "it should be an object"
     if details["type"] == "list_type":
         return "it should be an array"
-    return _SUBJECT.sub("it should", str(details["msg"]).removeprefix("Value error, ")).replace(" after validation", "").rstrip(".")
+    message = str(details["msg"]).removeprefix("Value error, ")
+    return _SUBJECT.sub("it should", message).replace(" after validation", "").rstrip(".")
 
 
 def _received(value: Any) -> str:
