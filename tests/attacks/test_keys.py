@@ -364,7 +364,7 @@ def test_42_locked_by_another_process(server: ApiServer, tmp_path: Path) -> None
 
 
 def test_42_while_another_process_writes_keys_are_checked_and_writes_wait(server: ApiServer) -> None:
-    """What happens when the lock stays is in core/access/test_key_ring.py; it takes five seconds."""
+    """What happens when the lock stays is in core/access/keys/test_ring.py; it takes five seconds."""
     _, fresh = server.new_key("user")
     replies: list[httpx.Response] = []
     with closing(connect(server.state / "access.db", 1)) as other:

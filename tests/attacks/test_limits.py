@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.limiting import NOON, Clocks, key, refused_kind, tenant
+from core.access.limits.limiting import NOON, Clocks, key, refused_kind, tenant
 from inferflux_core.access.limits.quotas import Demand
 from inferflux_core.access.limits.redis_limiter import RedisLimiter
 from inferflux_core.errors import RateLimitError
@@ -141,7 +141,7 @@ async def test_56_a_crash_returns_it_by_lease(tmp_path: Path) -> None:
             await limiter.close()
 
 
-# --- 57: clocks; Redis's faults are in core/access/test_redis_limits.py -----------------------------------------------
+# --- 57: clocks; Redis's faults are in core/access/limits/test_redis_limiter.py -----------------------------------------------
 
 
 @pytest.mark.parametrize("step", [-3600.0, -60.0, -0.5])

@@ -1,6 +1,6 @@
 """Attacks 43 to 45: a policy file that is damaged, exchanged and reloaded all the time under a server that is busy.
 
-What a policy may not look like, row by row, is in core/access/test_policy_traps.py; here it goes through the front door.
+What a policy may not look like, row by row, is in core/access/policy/test_traps.py; here it goes through the front door.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from core.access.audit_logs import write_log
+from core.access.audit.audit_logs import write_log
 from inferflux_core.access.audit.chain import Chain
 from inferflux_core.access.audit.reader import follow_log, last_lines
 from inferflux_core.access.audit.rotation import ROTATE, closed_name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.audit_logs import check, open_log, records
+from core.access.audit.audit_logs import check, open_log, records
 from inferflux_core.access.audit.content import kept_content, redacted
 from inferflux_core.access.audit.events import MAX_CONTENT, AuditEvent
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.access.audit_logs import check, open_log, records, things, write_log
+from core.access.audit.audit_logs import check, open_log, records, things, write_log
 from inferflux_core.access.audit.chain import Chain, read_record
 from inferflux_core.access.audit.events import AuditEvent
 from inferflux_core.access.audit.recovery import find_end
@@ -24,7 +24,7 @@ from inferflux_core.errors import ConfigError
 ENDLESS = """
 import asyncio, os, sys
 from pathlib import Path
-from core.access.audit_logs import open_log
+from core.access.audit.audit_logs import open_log
 from inferflux_core.access.audit.events import AuditEvent
 
 async def main():
@@ -47,7 +47,7 @@ def test_kill_9(tmp_path: Path, fsync: str) -> None:
     for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", ENDLESS, str(tmp_path), fsync],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             stdout=subprocess.PIPE,
         )
         assert process.stdout is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.access.key_stand import NOW, Stand
+from core.access.keys.key_stand import NOW, Stand
 from inferflux_core.access.keys import provider as api_keys
 from inferflux_core.access.keys.form import new_key
 from inferflux_core.access.keys.pepper import load_pepper

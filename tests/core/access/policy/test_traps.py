@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from core.access.policies import BASE, ROLES, compiled, who
+from core.access.policy.policies import BASE, ROLES, compiled, who
 from inferflux_core.access.policy import casbin_policy as rbac
 from inferflux_core.access.policy.file import PolicyError
 from inferflux_core.access.policy.lint import check_policy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.policies import BASE, DENY, Stand
+from core.access.policy.policies import BASE, DENY, Stand
 from inferflux_core.access.policy.casbin_policy import Policy, version_of
 from inferflux_core.access.policy.file import PolicyError
 from inferflux_core.errors import ConflictError, PreconditionFailedError

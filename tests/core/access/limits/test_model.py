@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from core.access.limiting import Clocks
+from core.access.limits.limiting import Clocks
 from inferflux_core.access.limits.quotas import Demand, Lease
 from inferflux_core.errors import RateLimitError
 from inferflux_core.settings import Limits

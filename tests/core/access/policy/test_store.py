@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.policies import BASE, DENY, NEVER_S, Stand, rename_into, who
+from core.access.policy.policies import BASE, DENY, NEVER_S, Stand, rename_into, who
 from inferflux_core.access.policy import store as policy_store
 from inferflux_core.access.policy.casbin_policy import Policy, version_of
 from inferflux_core.access.policy.file import MAX_POLICY_BYTES, PolicyError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.limiting import eventually, key, limiter_on, refusal, refused_kind, tenant
+from core.access.limits.limiting import eventually, key, limiter_on, refusal, refused_kind, tenant
 from inferflux_core.access.limits.quotas import Demand, Limiter, make_limiter
 from inferflux_core.access.limits.redis_script import RedisScript, StoreDown
 from inferflux_core.errors import AccessUnavailableError, ConfigError, RateLimitError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.limiting import Clocks, eventually, key, limiter_on, model, refusal, refused_kind, tenant
+from core.access.limits.limiting import Clocks, eventually, key, limiter_on, model, refusal, refused_kind, tenant
 from inferflux_core.access.limits.quotas import Demand, Lease
 from inferflux_core.errors import RateLimitError
 from inferflux_core.settings import Limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from core.access.limiting import NOON, Clocks, key, model, refusal, refused_kind, tenant
+from core.access.limits.limiting import NOON, Clocks, key, model, refusal, refused_kind, tenant
 from inferflux_core.access.limits.headers import go_duration
 from inferflux_core.access.limits.local import LocalLimiter
 from inferflux_core.access.limits.quotas import Demand, LimitRules, make_limiter

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.audit_logs import Counted, check, modes, open_log, records, things, write_log
+from core.access.audit.audit_logs import Counted, check, modes, open_log, records, things, write_log
 from inferflux_core.access.audit.chained_log import ChainedLog
 from inferflux_core.access.audit.events import AuditEvent, record_fields
 from inferflux_core.access.audit.log import AuditLog, NoAudit

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.policies import BASE, compiled
+from core.access.policy.policies import BASE, compiled
 from inferflux_core.access.policy.casbin_policy import Policy
 from inferflux_core.access.policy.cases import PolicyCase, read_cases, run_cases
 from inferflux_core.access.policy.file import PolicyError
@@ -14,7 +14,7 @@ from inferflux_core.access.policy.lint import check_policy
 
 ASK_FOR = "ask for one 'model/<name>' or 'api/<group>', without '*'"
 COMMENT = "a comment must be on a line of its own: behind a rule it would become part of its last field"
-EXAMPLES = Path(__file__).parents[3] / "examples" / "policy"
+EXAMPLES = Path(__file__).parents[4] / "examples" / "policy"
 
 
 def test_cases_are_read_with_their_lines() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.audit_logs import Counted, check, open_log, records, things, write_log
+from core.access.audit.audit_logs import Counted, check, open_log, records, things, write_log
 from inferflux_core.access.audit import append_file, chained_log, checkpoints, rotation, writer
 from inferflux_core.access.audit.append_file import AppendFile
 from inferflux_core.access.audit.events import AuditEvent
@@ -171,7 +171,7 @@ async def test_a_disk_that_fails_to_the_end_does_not_keep_the_server(tmp_path: P
 FILE_SIZE_LIMIT = """
 import asyncio, resource, sys
 from pathlib import Path
-from core.access.audit_logs import open_log, Counted
+from core.access.audit.audit_logs import open_log, Counted
 from inferflux_core.access.audit.events import AuditEvent
 
 async def main():
@@ -197,7 +197,7 @@ asyncio.run(main())
 def test_a_real_limit_of_the_file_size(tmp_path: Path, fsync: str) -> None:
     """The kernel cuts the write in the middle of a record."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    tests = str(Path(__file__).parents[2])
+    tests = str(Path(__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path), fsync],
         env={**os.environ, "PYTHONPATH": tests},

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.access.policies import BASE, ROLES, compiled, who
+from core.access.policy.policies import BASE, ROLES, compiled, who
 from inferflux_core.access.policy import casbin_policy as rbac
 from inferflux_core.access.policy.casbin_policy import Decision
 from inferflux_core.access.policy.match import compile_pattern

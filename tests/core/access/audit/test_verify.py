@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.access.audit_logs import check, open_log, write_log
+from core.access.audit.audit_logs import check, open_log, write_log
 from inferflux_core.access.audit import reader
 from inferflux_core.access.audit.chain import Chain, canonical, read_record
 from inferflux_core.access.audit.events import AuditEvent

@@ -1,4 +1,4 @@
-"""What the reader of policies takes, what it refuses and what it warns of. The traps of Casbin are in test_policy_traps.py."""
+"""What the reader of policies takes, what it refuses and what it warns of. The traps of Casbin are in test_traps.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.access.policies import BASE, ROLES, compiled
+from core.access.policy.policies import BASE, ROLES, compiled
 from inferflux_core.access.policy.file import MAX_POLICY_BYTES, MAX_PROBLEMS, PolicyError, Problem, read_rows
 from inferflux_core.access.policy.lint import check_policy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.access.key_stand import NOW, Stand
+from core.access.keys.key_stand import NOW, Stand
 from inferflux_core.access.keys.form import new_key
 from inferflux_core.access.keys.records import NewKey, key_principal
 from inferflux_core.access.keys.ring import open_keys
