@@ -12,7 +12,7 @@ from pydantic import Field
 from inferflux_core.config import Loaded, check_bind, check_plugins, load_settings, served_name
 from inferflux_core.errors import ConfigError
 from inferflux_core.interfaces import NoSettings, Registration
-from inferflux_core.plugins import Distribution, PluginRegistry, load_plugins
+from inferflux_core.plugins import Distribution, PluginRegistry
 from inferflux_core.setting_keys import setting_keys
 from inferflux_core.settings import Group, ModelSettings, Settings
 
@@ -422,35 +422,3 @@ def test_the_example_file_is_valid_and_mentions_every_setting() -> None:
     assert settings.engine == Settings().engine
     text = file.read_text(encoding="utf-8")
     assert [key.name for key in setting_keys() if f"{key.path[-1]}:" not in text] == []
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            {"auth": {"providers": ["api_key"]}},
-            "auth.providers: no installed plugin registers an auth provider named 'api_key'",
-        ),
-        ({"auth": {"providers": ["api_keys", "api_keys"]}}, "auth.providers: a name stands there twice; remove one"),
-        (
-            {"auth": {"settings": {"api_keys": {}}}},
-            "auth.settings.api_keys: there are settings, but auth.providers has no 'api_keys'; add it there",
-        ),
-        (
-            {"auth": {"providers": ["api_keys"]}, "server": {"insecure_no_auth": True}},
-            "server.insecure_no_auth: is on although auth.providers are set; turn one of them off",
-        ),
-        (
-            {"policy": {"file": "policy.csv"}},
-            "policy.file: a policy without auth.providers would never be asked; set auth.providers",
-        ),
-        (
-            {"limits": {"store": "redis"}},
-            "limits.redis_url: is missing, and limits.store is 'redis'; set it, e.g. redis://127.0.0.1:6379/0",
-        ),
-    ],
-)
-def test_access_settings_that_contradict_one_another_are_refused(overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_plugins(load(overrides=overrides).settings, load_plugins())
-    assert message in str(caught.value)

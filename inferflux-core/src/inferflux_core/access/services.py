@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def _providers(settings: Settings, metrics: Metrics, registry: PluginRegistry | 
         context = AuthContext(
             state_dir=folder,
             resource=settings.server.public_url,
-            count=lambda event, name=name: metrics.auth_event(name, event),  # type: ignore[misc]  # mypy: default in a lambda
+            count=functools.partial(metrics.auth_event, name),
         )
         provider: Any = registry.create("auth provider", name, settings.auth.settings.get(name, {}), context)
         made.append(provider)
