@@ -24,7 +24,7 @@ from inferflux_core.access.limits.failures import FailureLimit
 from inferflux_core.access.limits.quotas import Limiter, LimitRules, make_limiter
 from inferflux_core.access.policy.file import PolicyError
 from inferflux_core.access.policy.store import PolicyEvent, PolicyStore
-from inferflux_core.access.store import AccessStore, Document
+from inferflux_core.access.store import DEFAULT_STORE, AccessStore, Document
 from inferflux_core.errors import AccessUnavailableError, ConfigError
 from inferflux_core.identity import AuthContext, AuthProvider
 from inferflux_core.plugins import PluginRegistry
@@ -39,9 +39,6 @@ LIMITS_DOCUMENT = "limits"
 
 METADATA_PATH = "/.well-known/oauth-protected-resource"
 """Where clients learn which authorization servers this server believes (RFC 9728)."""
-
-DEFAULT_STORE = "access.db"
-"""Name of the store in the state folder."""
 
 # How long a slot and a reservation outlive a server that died with them, beyond the longest request.
 _LEASE_MARGIN_S = 60.0

@@ -30,6 +30,10 @@ _LOG_INTERVAL_S = 10.0
 T = TypeVar("T")
 
 
+DEFAULT_STORE = "access.db"
+"""Name of the store in the state folder."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A named JSON object. The version is 1 when it is first put and grows by one with each put."""

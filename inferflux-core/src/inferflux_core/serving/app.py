@@ -45,7 +45,7 @@ def create_app(services: Services) -> FastAPI:
     for routes in (chat_routes, completion_routes, model_routes, token_routes, health_routes, metadata_routes):
         # Not include_router, which hides the routes from whoever wants to check all of them.
         app.router.routes += routes(services).routes
-    app.router.routes += admin_routes(services, services.configuration).routes
+    app.router.routes += admin_routes(services).routes
     app.router.routes += openapi_routes(app).routes
     check_routes(app)
     return app

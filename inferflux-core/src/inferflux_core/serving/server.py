@@ -213,7 +213,6 @@ class Server:
             state=state,
             configuration=lambda: as_json(self._loaded, effective_values(self._loaded, self._registry)),
         )
-        metrics.observe_models(self._models.list)
         server = _Uvicorn(self._uvicorn_config(create_app(services), metrics), self._settings.server.header_timeout_s)
         http = asyncio.create_task(server.serve([self._listener]))
         signalled = asyncio.create_task(self._signalled.wait())

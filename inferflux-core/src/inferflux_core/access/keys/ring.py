@@ -17,7 +17,7 @@ from inferflux_core.access.keys.form import is_key_id, new_key
 from inferflux_core.access.keys.pepper import Pepper, load_pepper
 from inferflux_core.access.keys.records import KeyChange, KeyRecord, NewKey
 from inferflux_core.access.keys.settings import ApiKeySettings
-from inferflux_core.access.store import AccessStore
+from inferflux_core.access.store import DEFAULT_STORE, AccessStore
 from inferflux_core.errors import (
     AccessUnavailableError,
     ConfigError,
@@ -216,7 +216,7 @@ def open_keys(settings: ApiKeySettings, state_dir: Path, *, now: Callable[[], fl
         ConfigError: pepper or store cannot be used.
     """
     pepper = load_pepper(settings, state_dir)
-    store = AccessStore(settings.store or state_dir / "access.db")
+    store = AccessStore(settings.store or state_dir / DEFAULT_STORE)
     try:
         return KeyRing(store, pepper, env=settings.key_env, now=now)
     except BaseException:

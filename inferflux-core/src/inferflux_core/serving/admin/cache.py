@@ -115,7 +115,7 @@ def cache_routes(services: Services) -> APIRouter:
         """Compute a prefix, so that the tenant's requests that begin with it need not. Goes the way of every request: it is
         checked, counted and limited as one of the caller's, whoever it is for."""
         body = await reader.read(request, WarmBody)
-        prompt: Prompt = body.prompt if body.messages is None else to_chat_prompt(body.messages)  # type: ignore[assignment]
+        prompt: Prompt = (body.prompt or "") if body.messages is None else to_chat_prompt(body.messages)
         exchange = Exchange.of(request.scope)
         own = exchange.principal.tenant
         tenant = own if body.tenant is None else body.tenant

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fastapi import APIRouter
 
 from inferflux_core.serving.admin.cache import cache_routes
@@ -28,14 +26,10 @@ _PARTS = (
 )
 
 
-def admin_routes(services: Services, configuration: Callable[[], str] | None = None) -> APIRouter:
-    """The routes of the admin API.
-
-    Args:
-        configuration: the effective settings as `effective.as_json` makes them; None where there are none to show.
-    """
+def admin_routes(services: Services) -> APIRouter:
+    """The routes of the admin API."""
     router = APIRouter(route_class=GuardedRoute)
     for part in _PARTS:
         router.routes += part(services).routes
-    router.routes += config_routes(configuration).routes
+    router.routes += config_routes(services.configuration).routes
     return router
