@@ -43,7 +43,12 @@ NEVER_IN_CORE = {
     "regopy",
 }
 # Libraries that a part of core uses and nothing else in it, loaded only by servers that need them.
-ONLY_IN = {"casbin": {"access"}, "cryptography": {"access", "serving"}, "redis": {"access"}}
+ONLY_IN = {
+    "casbin": {"access"},
+    "cryptography": {"access", "serving"},
+    "redis": {"access"},
+    "llguidance": {"engine", "models"},
+}
 UNPICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -19,8 +19,10 @@ from inferflux_core.engine.types import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    GrammarMask,
     KVOps,
     ModelRunnerOutput,
+    SamplingParams,
     SchedulerOutput,
 )
 
@@ -191,7 +193,7 @@ class Capabilities:
         depth: steps in flight. 1 waits for each step. 2 launches the next step before it collects the last one, for devices
             that compute beside the host: see `ModelRunner`.
         prefill_tile: a prefill chunk of fewer tokens runs on slower kernels, the more so the deeper it is in its context.
-        max_draft: most draft tokens of one row; 0 means no speculation.
+        max_draft: most draft tokens of one row; 0 means that rows cannot be verified, which needs a cache that can be trimmed.
         grammar: whether `sample` applies a mask.
         logprobs: whether log-probabilities can be reported.
     """
@@ -210,9 +212,6 @@ class Ticket:
     """A launched step. A runner may subclass it to carry what `sample` and `collect` need."""
 
     plan: SchedulerOutput
-
-
-GrammarMask = Any  # the packed bit mask of issue 5; no runner takes one yet
 
 
 class ModelRunner(ABC):
@@ -243,7 +242,11 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
-        """Draw the tokens of the rows that ask for one."""
+        """Draw the tokens of the rows that ask for one.
+
+        Args:
+            mask: which tokens the constrained rows may draw; None if there are no such rows. Only with `caps.grammar`.
+        """
 
     @abstractmethod
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
@@ -297,6 +300,92 @@ class Backend(ABC):
     @abstractmethod
     def runner(self, files: ModelFiles, config: EngineConfig) -> ModelRunner:
         """Load the weights. Called in the engine process."""
+
+
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+
+class KnownSequence(Protocol):
+    """What a proposer sees of a running sequence. `tokens` grows at its end only, between two calls."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a proposer could guess of a sequence now.
+
+    Attributes:
+        max_tokens: most tokens that it would propose; at least 1.
+        kind: which of its kinds of guess that is, below `Proposer.num_kinds`. How many tokens hold is measured by kind.
+    """
+
+    max_tokens: int
+    kind: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftModel:
+    """A second, smaller model in the engine process.
+
+    Attributes:
+        name: as the administrator wrote it.
+    """
+
+    name: str
+    runner: ModelRunner
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerContext:
+    """What a proposer is made from.
+
+    Attributes:
+        model_info: of the target.
+        tokenizer: makes the target's tokenizer.
+        load_draft: loads the draft model that the configuration names; raises ConfigError if it names none.
+    """
+
+    config: EngineConfig
+    model_info: ModelInfo
+    tokenizer: Callable[[], Tokenizer]
+    load_draft: Callable[[], DraftModel]
+
+
+class Proposer(ABC):
+    """Guesses the next tokens of running sequences, which the model then verifies in one step. Engine thread only.
+
+    A guess changes what a step costs and never what it draws. Who gets how many is decided by what was accepted before
+    (`engine.speculation`), so a proposer need not be modest. Experimental, like `Scheduler`.
+    """
+
+    num_kinds: int = 1
+
+    def prior(self, kind: int) -> float:
+        """Share of its tokens that are expected to hold before anything was measured; 0 to 1."""
+        return 0.5
+
+    @abstractmethod
+    def outlook(self, sequence: KnownSequence) -> Outlook | None:
+        """What it could propose after `sequence.tokens`; None for nothing. Cheap: asked of each decode in each step."""
+
+    @abstractmethod
+    def propose(self, wanted: Sequence[tuple[KnownSequence, int]]) -> list[Sequence[int]]:
+        """Draft tokens for some sequences, at most as many as are wanted of each: parallel to `wanted`, empty for none."""
+
+    def forget(self, request_id: str) -> None:  # noqa: B027  # most keep nothing
+        """The sequence ended."""
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Release what it holds."""
 
 
 # --- scheduling -------------------------------------------------------------------------------------------------------
@@ -358,16 +447,21 @@ class Scheduler(ABC):
 __all__ = [
     "Backend",
     "Capabilities",
+    "DraftModel",
     "EngineConfig",
     "GrammarMask",
     "KVCacheSpec",
     "KVOps",
     "KVStats",
+    "KnownSequence",
     "ModelFiles",
     "ModelInfo",
     "ModelRunner",
     "ModelSource",
     "NoSettings",
+    "Outlook",
+    "Proposer",
+    "ProposerContext",
     "Registration",
     "Scheduler",
     "SourceContext",

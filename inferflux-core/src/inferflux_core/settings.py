@@ -40,6 +40,10 @@ class ServerSettings(Group):
         10 * 1024 * 1024, ge=1024, description="Largest request body in bytes; a larger one gets 413 while it is being read."
     )
     max_json_depth: int = Field(64, ge=4, le=512, description="Deepest nesting of a JSON body; a deeper one gets 400.")
+    max_tools: int = Field(512, ge=1, le=10_000, description="Most tools of a request.")
+    reasoning_field: Literal["both", "reasoning_content", "reasoning", "none"] = Field(
+        "both", description="Under which name replies carry a model's thoughts; clients differ in which one they read."
+    )
     max_choices: int = Field(8, ge=1, le=128, description="Largest `n` of a request. Each choice is a sequence of its own.")
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM before they are aborted."
@@ -88,6 +92,30 @@ class ServerSettings(Group):
     tls: TlsSettings | None = Field(None, description="Certificate and key; null serves plain HTTP.")
 
 
+class SpeculativeSettings(Group):
+    """Speculative decoding: guessed tokens are verified several in one step. What is generated does not change."""
+
+    method: str | None = Field(
+        None,
+        description="`ngram` copies what followed the same words before, `draft_model` asks a smaller model, or a plugin's "
+        "proposer; null speculates on nothing but what a grammar leaves no choice about.",
+    )
+    num_speculative_tokens: int = Field(
+        32,
+        ge=1,
+        le=256,
+        description="Most draft tokens of one sequence in one step. How many pay is measured while running, and may be none.",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="Settings of that proposer.")
+    model: str | None = Field(
+        None, description="Draft model of `draft_model`, as a model's `source`; it needs the same vocabulary as the target."
+    )
+    backend: str = Field("auto", description="Backend of the draft model, or `auto` for the one that supports its files.")
+    backend_settings: dict[str, Any] = Field(
+        default_factory=dict, description="Overrides single keys of backends.<name> for the draft model."
+    )
+
+
 class ModelSettings(Group):
     """One served model."""
 
@@ -102,6 +130,34 @@ class ModelSettings(Group):
     backend_settings: dict[str, Any] = Field(
         default_factory=dict, description="Overrides single keys of backends.<name> for this model."
     )
+    speculative: SpeculativeSettings | None = Field(None, description="Replaces engine.speculative for this model.")
+    tool_parser: str = Field(
+        "auto",
+        description="How the model writes calls of tools: `hermes`, `llama3`, `mistral`, `gemma`, `json`, or `auto` to tell by "
+        "its chat template; `none` lets it call none.",
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        description="Which tags the model puts around its thoughts; `auto` tells by its chat template, `none` shows them as "
+        "part of the answer.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template; requests may override those that allow it."
+    )
+
+
+class StructuredOutputSettings(Group):
+    """Limits of what a request may ask its output to be. What goes beyond them gets 400."""
+
+    enabled: bool = Field(
+        True, description="Offer structured output and enforced tool calls; false saves about 30 MB for each model."
+    )
+    compile_timeout_s: float = Field(2.0, gt=0, description="CPU seconds one schema or grammar may take to compile.")
+    max_bytes: int = Field(64 * 1024, ge=256, description="Longest schema, grammar, pattern or list of choices in bytes.")
+    max_depth: int = Field(32, ge=2, le=128, description="Deepest nesting of a schema.")
+    max_enum: int = Field(1000, ge=1, description="Most values of one `enum`, and most choices.")
+    cache_entries: int = Field(128, ge=1, description="Compiled grammars kept for each tenant; the oldest goes first.")
+    cache_tenants: int = Field(64, ge=1, description="Tenants whose compiled grammars are kept.")
 
 
 class EngineSettings(Group):
@@ -140,6 +196,7 @@ class EngineSettings(Group):
     restart_backoff_max_s: float = Field(
         30.0, gt=0, description="Longest pause between restarts of a dying engine process; the first is 0.5 s."
     )
+    speculative: SpeculativeSettings = Field(default_factory=SpeculativeSettings, description="Speculative decoding.")
 
 
 class HubSettings(Group):
@@ -292,6 +349,7 @@ class Settings(Group):
     backends: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Settings of each backend by its name; see the backend's own page."
     )
+    structured_output: StructuredOutputSettings = Field(default_factory=StructuredOutputSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
     plugins: PluginSettings = Field(default_factory=PluginSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)

@@ -6,11 +6,16 @@ dataclasses that never leave the engine process; messages are frozen msgspec str
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class FinishReason(StrEnum):
@@ -57,6 +62,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before it, and not only on their number."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of a drawn token under the model's raw distribution, with the most likely alternatives.
@@ -73,6 +83,35 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 # --- what crosses between server and engine process -------------------------------------------------------------------
 
 
+class Thinking(msgspec.Struct, frozen=True, kw_only=True):
+    """The thoughts that a reasoning model may put before its answer.
+
+    Attributes:
+        is_open: the prompt ends within them.
+        begin, end: the tags around them, as text.
+        budget: most tokens of them; None for any number.
+        end_token_ids: what is forced when the budget is used up; not empty when there is a budget.
+    """
+
+    is_open: bool
+    begin: str
+    end: str
+    budget: int | None = None
+    end_token_ids: list[int] = []
+
+
+class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+    """What the output of a sequence must be. If it cannot be held, the sequence ends with an error.
+
+    Attributes:
+        grammar: a grammar of llguidance, as Lark or as JSON; "" for none. It begins after the thoughts.
+        thinking: where the thoughts end; None if there are none.
+    """
+
+    grammar: str = ""
+    thinking: Thinking | None = None
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate.
 
@@ -83,6 +122,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
         tenant: whose service the fair scheduler counts.
         priority: lower is served earlier, as in vLLM; 0 is normal.
         arrival_time: `time.monotonic()` of the server process; the clock is the machine's.
+        constraint: what its output must be; None for anything.
+        num_speculative_tokens: most draft tokens of one step; None leaves it to the engine, 0 turns speculation off.
     """
 
     request_id: str
@@ -92,6 +133,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     priority: int = 0
     arrival_time: float = 0.0
+    constraint: Constraint | None = None
+    num_speculative_tokens: int | None = None
 
 
 class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -99,10 +142,11 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         token_ids: tokens drawn in this step, in order; the stop token that ended the request is not among them.
-        logprobs: one entry per token when asked for.
         finish_reason: set on the last output of the request.
         num_generated: tokens drawn so far, a final stop token included: what usage reports.
         num_cached_tokens: prompt tokens that came from the prefix cache.
+        logprobs: one entry per token when asked for.
+        error: with `FinishReason.ERROR`, what could not be done, for the client; None if it is nobody's business.
     """
 
     request_id: str
@@ -111,10 +155,20 @@ class EngineOutput(msgspec.Struct, frozen=True, array_like=True):
     num_generated: int = 0
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges and monotonic counters of one engine since its start."""
+    """Gauges and monotonic counters of one engine since its start.
+
+    Attributes:
+        spec_drafts: rows that carried draft tokens of the proposer.
+        spec_draft_tokens, spec_accepted_tokens: draft tokens of the proposer that were verified, and those that held.
+        spec_draft_tokens_per_pos, spec_accepted_tokens_per_pos: the same by position in the draft, first to last.
+        forced_tokens: tokens that a grammar left no choice about, computed together with the token before them.
+        draft_seconds: spent proposing.
+        mask_seconds: spent waiting for the masks of grammars.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -130,6 +184,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 0
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
+    spec_drafts: int = 0
+    spec_draft_tokens: int = 0
+    spec_accepted_tokens: int = 0
+    spec_draft_tokens_per_pos: list[int] = []
+    spec_accepted_tokens_per_pos: list[int] = []
+    forced_tokens: int = 0
+    draft_seconds: float = 0.0
+    mask_seconds: float = 0.0
 
 
 # --- one step, inside the engine process ------------------------------------------------------------------------------
@@ -174,7 +236,7 @@ class Row:
         slot: dense index below max_num_seqs, stable while the sequence runs.
         tokens: the n known tokens; None means one token, the one that the ticket launched before this one samples for the
             slot, which only the device knows yet (`Capabilities.depth` 2).
-        n_draft: trailing tokens of the row to verify.
+        n_draft: trailing tokens of the row to verify: a token is sampled at each of them, and at the one before them.
         sample: False for inner prefill chunks, whose logits nobody needs.
         kv: cache operations to apply before the forward pass.
     """
@@ -186,6 +248,29 @@ class Row:
     n_draft: int
     sample: bool
     kv: KVOps
+
+
+class ConstraintState(Protocol):
+    """Where a constrained sequence stands in what its output must be. Engine thread only, but for `fill`.
+
+    Attributes:
+        is_finished: nothing may follow: the sequence is complete.
+        error: why the constraint cannot be held any longer, for the client; None if it can.
+    """
+
+    @property
+    def is_finished(self) -> bool: ...
+    @property
+    def error(self) -> str | None: ...
+
+    def forced(self, at_most: int) -> list[int]:
+        """Tokens that must come next, since nothing else may; often none."""
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        """How many tokens of a draft may come next, one after the other."""
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """These tokens were drawn. Sets `is_finished` or `error` where that ends the sequence."""
 
 
 @dataclass(slots=True)
@@ -211,6 +296,7 @@ class SchedulerOutput:
         step: its number; steps are launched, sampled and collected in this order.
         start: sequences that get a slot now.
         free: slots released since the last step; freed before the new ones start. No step in flight uses them.
+        constraints: by slot, of the sampled rows that have one. Core makes the step's mask from them; runners ignore them.
     """
 
     step: int
@@ -218,6 +304,22 @@ class SchedulerOutput:
     num_tokens: int
     start: list[SequenceInit] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
+    constraints: dict[int, ConstraintState] = field(default_factory=dict)
+
+
+@dataclass(slots=True, frozen=True)
+class GrammarMask:
+    """Which tokens the constrained rows of a step may draw. The others of the step may draw any.
+
+    Attributes:
+        bits: [N, (vocab_size + 31) // 32] int32; bit t % 32 of word t // 32 is set if token t may be drawn. Each row has at
+            least one bit set.
+        first: slot -> the row of `bits` for the first token that the slot's row samples; those for the tokens after its
+            drafts follow, `n_draft + 1` in all.
+    """
+
+    bits: npt.NDArray[np.int32]
+    first: Mapping[int, int]
 
 
 @dataclass(slots=True)
@@ -225,7 +327,8 @@ class ModelRunnerOutput:
     """What one step computed.
 
     Attributes:
-        tokens: for each row with `sample`, in the order of rows: accepted drafts and one more token.
+        tokens: for each row with `sample`, in the order of rows: the tokens sampled, up to the first that differs from the
+            draft at its place. So these are the accepted drafts and one token more.
         logprobs: parallel to tokens; None for rows that did not ask.
         device_ms: time of the forward pass, which feeds the cost model.
     """

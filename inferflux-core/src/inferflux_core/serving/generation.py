@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from inferflux_core.access.admission import Judged
 from inferflux_core.identity import Principal
 from inferflux_core.models.prompts import ChatPrompt, Prompt
+from inferflux_core.models.reasoning.options import ReasoningOptions
+from inferflux_core.models.structured.output_format import OutputFormat
+from inferflux_core.models.tool_calls.calls import CallDelta, ToolRequest
 
 
 @dataclass(slots=True)
@@ -78,7 +81,11 @@ class GenerationRequest:
         seed: None means a random one.
         priority: lower runs first; None means that of the principal.
         logprobs: number of alternatives per token; None reports nothing.
-        max_tokens_param, prompt_param: wire names for error messages.
+        format: what the answer must be; None for anything.
+        tools: what the model may call; None for nothing, and then nothing that it writes is taken for a call.
+        reasoning: how much to think, and whether to show it.
+        num_speculative_tokens: most draft tokens of one step; None leaves it to the engine, 0 turns speculation off.
+        prompt_param: wire name of the prompt for error messages.
     """
 
     model: str | None
@@ -103,6 +110,10 @@ class GenerationRequest:
     cache_salt: str = ""
     add_special_tokens: bool = True
     skip_special_tokens: bool = True
+    format: OutputFormat | None = None
+    tools: ToolRequest | None = None
+    reasoning: ReasoningOptions = field(default_factory=ReasoningOptions)
+    num_speculative_tokens: int | None = None
     prompt_param: str = "messages"
 
 
@@ -152,15 +163,22 @@ class Started:
 class Delta:
     """New text of one choice. Never ends inside a code point or inside what may become a stop string.
 
+    Within one delta thoughts come before text, and text before calls.
+
     Attributes:
-        tokens: entries of the tokens behind this text when logprobs were asked for; parallel in order, not in length.
-        finish_reason: OpenAI's `stop` or `length` on the last delta of the choice.
+        tokens: entries of the tokens behind this delta when logprobs were asked for, thoughts and calls included; parallel
+            in order, not in length.
+        finish_reason: OpenAI's `stop`, `length` or `tool_calls` on the last delta of the choice.
+        reasoning: new text of the model's thoughts, which is no part of `text`.
+        calls: pieces of calls of tools, which are no part of `text` either.
     """
 
     index: int
     text: str
     tokens: list[TokenEntry] | None = None
     finish_reason: str | None = None
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +191,21 @@ class Done:
 Event = Started | Delta | Done
 
 __all__ = [
+    "CallDelta",
     "ChatPrompt",
     "Delta",
     "Done",
     "Event",
     "GenerationRequest",
     "Outcome",
+    "OutputFormat",
     "Principal",
     "Prompt",
+    "ReasoningOptions",
     "RequestContext",
     "Started",
     "TokenEntry",
     "TokenText",
+    "ToolRequest",
     "Usage",
 ]

@@ -1,0 +1,23 @@
+"""What a request may say of a model's thoughts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningOptions:
+    """How much to think.
+
+    Attributes:
+        effort: None leaves it to the model; `none` asks for no thoughts at all.
+        budget: most tokens of thoughts; None for any number, 0 for none.
+        include: whether the client wants to see them.
+    """
+
+    effort: Effort | None = None
+    budget: int | None = None
+    include: bool = True
