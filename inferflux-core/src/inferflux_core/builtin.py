@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from inferflux_core.hookspecs import hookimpl
 from inferflux_core.identity import AuthContext, AuthProvider
-from inferflux_core.interfaces import Backend, ModelSource, Registration, Scheduler
+from inferflux_core.interfaces import Backend, ModelSource, NoSettings, Proposer, ProposerContext, Registration, Scheduler
 
 if TYPE_CHECKING:
     from inferflux_core.engine.scheduler import SchedulerContext
@@ -39,6 +39,35 @@ def inferflux_schedulers() -> Iterable[Registration[Scheduler]]:
         Registration(name="fcfs", factory=_fcfs, summary="first come, first served"),
         Registration(name="priority", factory=_priority, summary="lowest priority value first, then arrival"),
         Registration(name="fair", factory=_fair, summary="the tenant that got the least service first (VTC)"),
+    ]
+
+
+def _ngram(settings: BaseModel, context: ProposerContext) -> Proposer:
+    from inferflux_core.engine.ngram import NgramProposer, NgramSettings
+
+    assert isinstance(settings, NgramSettings)
+    return NgramProposer(settings)
+
+
+def _draft_model(settings: BaseModel, context: ProposerContext) -> Proposer:
+    from inferflux_core.engine.draft_model import make
+
+    assert isinstance(settings, NoSettings)
+    return make(settings, context)
+
+
+@hookimpl
+def inferflux_proposers() -> Iterable[Registration[Proposer]]:
+    from inferflux_core.engine.ngram import NgramSettings
+
+    return [
+        Registration(
+            name="ngram",
+            factory=_ngram,
+            settings=NgramSettings,
+            summary="what followed the same words before, in the prompt or the answer",
+        ),
+        Registration(name="draft_model", factory=_draft_model, summary="a smaller model with the same vocabulary"),
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import pluggy
 
 from inferflux_core.identity import AuthProvider
-from inferflux_core.interfaces import Backend, ModelSource, Registration, Scheduler
+from inferflux_core.interfaces import Backend, ModelSource, Proposer, Registration, Scheduler
 
 PROJECT = "inferflux"
 
@@ -69,6 +69,31 @@ def inferflux_schedulers() -> Iterable[Registration[Scheduler]]:  # type: ignore
                     summary="shortest prompt first",
                 )
             ]
+    """
+
+
+@hookspec
+def inferflux_proposers() -> Iterable[Registration[Proposer]]:  # type: ignore[empty-body]  # pluggy specs have no body
+    """Proposers, which guess the next tokens for speculative decoding. `factory(settings, context)` returns a `Proposer`; the
+    context is a `ProposerContext`. Chosen by `speculative.method`.
+
+    Example, the last token once more:
+
+        from inferflux_core.hookspecs import hookimpl
+        from inferflux_core.interfaces import Outlook, Proposer, Registration
+
+
+        class Stammer(Proposer):
+            def outlook(self, sequence):
+                return Outlook(max_tokens=4)
+
+            def propose(self, wanted):
+                return [[sequence.tokens[-1]] * count for sequence, count in wanted]
+
+
+        @hookimpl
+        def inferflux_proposers():
+            return [Registration(name="stammer", factory=lambda settings, context: Stammer(), summary="repeats itself")]
     """
 
 

@@ -16,6 +16,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict
 
 from inferflux_core.engine.types import (
+    ConstraintState,
     EngineOutput,
     EngineRequest,
     EngineStats,
@@ -411,8 +412,12 @@ class Scheduler(ABC):
     """
 
     @abstractmethod
-    def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Its id must not be in use."""
+    def add_request(self, request: EngineRequest, constraint: ConstraintState | None = None) -> None:
+        """Queue a request. Its id must not be in use.
+
+        Args:
+            constraint: what its output must be; None for anything.
+        """
 
     @abstractmethod
     def abort(self, request_ids: Sequence[str]) -> list[str]:
@@ -426,6 +431,11 @@ class Scheduler(ABC):
         With a runner of depth 2 it is called once more before the last plan's output is taken in. Room and slots that a plan
         not taken in yet uses must not be given to others.
         """
+
+    def wants_last(self) -> bool:
+        """Whether the step in flight should be taken in before the next one is planned, since a plan with its tokens known
+        is worth more than one made ahead. Asked with runners of depth 2 only."""
+        return False
 
     @abstractmethod
     def update_from_output(self, plan: SchedulerOutput, output: ModelRunnerOutput) -> list[EngineOutput]:

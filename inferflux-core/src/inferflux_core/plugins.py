@@ -12,7 +12,7 @@ import pluggy
 from pydantic import BaseModel, ValidationError
 
 from inferflux_core import hookspecs
-from inferflux_core.errors import PluginError
+from inferflux_core.errors import ConfigError, PluginError
 from inferflux_core.interfaces import Registration
 
 # kind of part, as people read it -> the hook that registers it
@@ -20,6 +20,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
     {
         "backend": "inferflux_backends",
         "scheduler": "inferflux_schedulers",
+        "proposer": "inferflux_proposers",
         "model source": "inferflux_model_sources",
         "auth provider": "inferflux_auth_providers",
     }
@@ -86,12 +87,15 @@ class PluginRegistry:
         """Call the registered factory with its validated settings and `args`.
 
         Raises:
-            PluginError: unknown name, bad settings, or the factory raised.
+            PluginError: unknown name, bad settings, or the factory raised something unexpected.
+            ConfigError: the factory's own, such as a model file that it cannot use.
         """
         settings = self.settings(kind, name, values)
         entry = self.get(kind, name)
         try:
             return entry.registration.factory(settings, *args)
+        except ConfigError:
+            raise  # says by itself what is wrong, and what to do
         except Exception as error:
             raise PluginError(
                 f"{kind} {name!r} of {entry.distribution} failed to start: {type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from inferflux_core.plugins import load_plugins
 from inferflux_core.testing.driver import Answer, EngineDriver
 from inferflux_core.testing.fake_backend import FakeRunner
 from inferflux_core.testing.fake_settings import FakeSettings
+from inferflux_core.testing.scripted_drafts import ScriptedDrafts
 
 REGISTRY = load_plugins()
 MODEL_LEN = 128
@@ -25,7 +26,7 @@ LETTERS = b"etaoinshr"
 
 @dataclass(frozen=True)
 class Case:
-    """One engine, what arrives when (in steps), and who is aborted when."""
+    """One engine, what arrives when (in steps), who is aborted when, and which of the drafts are wrong (None: no drafts)."""
 
     backend: FakeSettings
     config: EngineConfig
@@ -34,6 +35,7 @@ class Case:
     arrivals: Sequence[int]
     prefill_tile: int
     aborts: dict[str, int] = field(default_factory=dict)
+    wrong_drafts: int | None = None
 
 
 @st.composite
@@ -51,6 +53,7 @@ def backends(draw: st.DrawFn) -> FakeSettings:
         can_trim=draw(st.booleans()),
         max_model_len=MODEL_LEN,
         depth=draw(st.sampled_from([1, 2])),
+        max_draft=draw(st.sampled_from([0, 1, 7])),
     )
 
 
@@ -103,6 +106,7 @@ def cases(draw: st.DrawFn, aborting: bool) -> Case:
         arrivals=sorted(draw(st.lists(moments, min_size=count, max_size=count))),
         prefill_tile=draw(st.sampled_from([1, 1, 6])),
         aborts={r.request_id: draw(moments) for r in requests if aborting and draw(st.booleans())},
+        wrong_drafts=draw(st.sampled_from([None, 0, 1, 2, 5])),
     )
 
 
@@ -126,7 +130,12 @@ def alone(request: EngineRequest) -> Answer:
 def driver_for(case: Case) -> EngineDriver:
     runner = FakeRunner(case.backend, case.config)
     runner.caps = replace(runner.caps, prefill_tile=case.prefill_tile)
-    return EngineDriver(runner, case.config, case.scheduler, REGISTRY)
+    if case.wrong_drafts is None:
+        return EngineDriver(runner, case.config, case.scheduler, REGISTRY)
+    # Of requests with one prompt and several answers the last is drafted for all.
+    answers = [(r.prompt_token_ids, alone(r).token_ids) for r in case.requests]
+    drafts = ScriptedDrafts(answers, wrong_every=case.wrong_drafts, length=6)
+    return EngineDriver(runner, case.config, case.scheduler, REGISTRY, speculation=drafts.always())
 
 
 def run(case: Case) -> EngineDriver:

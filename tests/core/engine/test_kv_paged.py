@@ -298,33 +298,24 @@ def test_a_duplicate_is_not_offered_again_and_again(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
-# --- trim -------------------------------------------------------------------------------------------------------------
+# --- drafts -----------------------------------------------------------------------------------------------------------
 
 
-def test_trim_gives_back_whole_blocks_behind_the_position() -> None:
+def test_rejected_drafts_keep_their_room_and_are_never_found() -> None:
     kv = manager()
-    request = sequence(numbers(15))
-    compute(kv, request, upto=9)
-    assert kv.allocate_slots(request, 15) == PagedOps([4])
-    kv.trim(request, 9)
-    assert kv.block_table(request) == [1, 2, 3]
-    assert free_ids(kv)[0] == 4
+    request = sequence(numbers(9))
+    compute(kv, request)
+    assert kv.allocate_slots(request, 15) == PagedOps([4]), "six drafts"
+    request.tokens += [9, 50]
+    kv.cache_blocks(request, 10)
+    kv.trim(request, 10)
+    assert kv.block_table(request) == [1, 2, 3, 4]
     assert kv.get_computed_blocks(sequence(numbers(15))).num_tokens == 8
     kv.check_integrity()
-
-
-def test_a_block_cut_in_the_middle_is_no_longer_found() -> None:
-    """What comes behind the cut will be other tokens in the same block."""
-    kv = manager()
-    request = sequence(numbers(12))
-    compute(kv, request)
-    kv.trim(request, 6)
-    assert kv.block_table(request) == [1, 2]
-    assert kv.get_computed_blocks(sequence(numbers(12))).num_tokens == 4
-    kv.check_integrity()
-    assert kv.allocate_slots(request, 12) == PagedOps([3])
-    kv.cache_blocks(request, 12)
-    assert kv.get_computed_blocks(sequence(numbers(13))).num_tokens == 12
+    assert kv.allocate_slots(request, 16) == PagedOps(), "the room of the drafts is there for what comes instead"
+    request.tokens += [51, 52, 53, 54, 55]
+    kv.cache_blocks(request, 16)
+    assert kv.get_computed_blocks(sequence([*numbers(10), 50, 51, 52])).num_tokens == 12
     kv.check_integrity()
 
 

@@ -347,16 +347,47 @@ def test_clearing_that_was_cancelled_is_carried_over() -> None:
 # --- trim and free ----------------------------------------------------------------------------------------------------
 
 
-def test_trim_forgets_the_end() -> None:
+def test_the_row_after_rejected_drafts_cuts_them_off() -> None:
     kv = manager()
     request = sequence(numbers(20))
     start(kv, request)
-    kv.trim(request, 10)
-    assert (kv._streams[0].length, len(kv._streams[0].hashes)) == (10, 2)
-    assert kv.get_computed_blocks(sequence(numbers(20))).num_tokens == 10
-    kv.check_integrity()
+    assert kv.allocate_slots(request, 26) == SequenceOps(0)
     kv.cache_blocks(request, 20)
+    kv.trim(request, 20)
     kv.check_integrity()
+    assert kv.get_computed_blocks(sequence(numbers(24))).num_tokens == 20
+    assert kv.allocate_slots(request, 21) == SequenceOps(0, keep_len=20)
+    assert kv.allocate_slots(request, 22) == SequenceOps(0), "once is enough"
+    kv.check_integrity()
+
+
+def test_rejected_drafts_of_a_finished_sequence_count_until_its_stream_is_cut() -> None:
+    kv = manager(pool_tokens=40)
+    request = sequence(numbers(20))
+    start(kv, request)
+    kv.allocate_slots(request, 30)
+    kv.trim(request, 20)
+    kv.free(request, keep=True)
+    kv.check_integrity()
+    other = sequence(numbers(11, first=50))
+    assert kv.allocate_slots(other, 11) == SequenceOps(1, keep_len=0, clear=(0,)), "30 + 11 cells are more than 40"
+    kv.check_integrity()
+
+
+def test_a_cut_that_is_not_carried_out_is_done_later() -> None:
+    kv = manager(pool_tokens=40)
+    request = sequence(numbers(20))
+    start(kv, request)
+    kv.allocate_slots(request, 30)
+    kv.trim(request, 20)
+    ops = kv.allocate_slots(request, 21)
+    assert ops == SequenceOps(0, keep_len=20)
+    kv.cancel(ops)
+    kv.free(request, keep=True)
+    assert kv._streams[0].written == 30
+    again = sequence(numbers(24))
+    assert start(kv, again) == SequenceOps(0, keep_len=20)
+    assert kv._streams[0].written == 0
 
 
 def test_free_without_keep_forgets_and_twice_is_harmless() -> None:

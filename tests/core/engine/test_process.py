@@ -22,7 +22,7 @@ import pytest
 import inferflux_core.engine
 from inferflux_core.engine import messages
 from inferflux_core.engine.client import EngineState, OutputStream
-from inferflux_core.engine.loop import EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.process import ProcessEngineClient
 from inferflux_core.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason, SamplingParams, TokenLogprobs
 from inferflux_core.errors import EngineRestartedError, ModelFileError, ModelLoadingError, OverloadedError
@@ -246,7 +246,7 @@ def test_it_dies_with_the_server(folder: Path) -> None:
     script = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
-from inferflux_core.engine.loop import EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.process import ProcessEngineClient
 from inferflux_core.interfaces import ModelFiles
 from inferflux_core.settings import EngineSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from inferflux_core.engine.drafting import Drafting
 from inferflux_core.engine.types import EngineStats
 
 
@@ -23,8 +24,9 @@ class EngineCounters:
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
 
-    def stats(self, num_running: int, num_waiting: int, kv_cache_usage: float) -> EngineStats:
+    def stats(self, num_running: int, num_waiting: int, kv_cache_usage: float, drafting: Drafting) -> EngineStats:
         """A snapshot of the counters, together with the gauges of this moment."""
+        drafts = drafting.counters
         return EngineStats(
             num_running=num_running,
             num_waiting=num_waiting,
@@ -40,4 +42,11 @@ class EngineCounters:
             step_tokens=self.step_tokens,
             schedule_seconds=self.schedule_seconds,
             model_seconds=self.model_seconds,
+            spec_drafts=drafts.drafts,
+            spec_draft_tokens=drafts.draft_tokens,
+            spec_accepted_tokens=drafts.accepted_tokens,
+            spec_draft_tokens_per_pos=drafts.draft_tokens_per_pos[:],
+            spec_accepted_tokens_per_pos=drafts.accepted_tokens_per_pos[:],
+            forced_tokens=drafting.forced_tokens,
+            draft_seconds=drafts.draft_seconds,
         )

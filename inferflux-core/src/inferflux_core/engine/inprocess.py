@@ -8,7 +8,8 @@ import threading
 import time
 
 from inferflux_core.engine.client import EngineClient, EngineState, WaitingLine
-from inferflux_core.engine.loop import EngineCore, EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.loop import EngineCore
 from inferflux_core.engine.messages import Abort, Shutdown, Submit, ToEngine
 from inferflux_core.engine.types import EngineOutput, EngineRequest
 from inferflux_core.errors import EngineRestartedError, InferFluxError, ModelFileError, ModelLoadingError
@@ -38,7 +39,6 @@ class InProcessEngineClient(EngineClient):
             self.last_error = str(error)
             self.state = EngineState.FAILED
             raise ModelFileError(str(error)) from error
-        await asyncio.to_thread(core.runner.warm_up)
         self._thread = threading.Thread(target=self._run, args=(core, self._loop), name=f"engine {self.name}", daemon=True)
         self._thread.start()
         self._on_ready(core.model_info, time.perf_counter() - began)

@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-import msgspec
+from msgspec import structs
 
+from inferflux_core.engine.constraints import Constraints, PendingMask
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.kv.manager import make_kv_cache_manager
+from inferflux_core.engine.make_speculation import make_speculation
 from inferflux_core.engine.scheduler import SchedulerContext
-from inferflux_core.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
-from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelInfo, ModelRunner, Scheduler, Ticket
+from inferflux_core.engine.speculation import Speculation
+from inferflux_core.engine.types import (
+    ConstraintState,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    GrammarMask,
+    SchedulerOutput,
+)
+from inferflux_core.interfaces import Backend, EngineConfig, ModelRunner, Scheduler, Ticket, Tokenizer
 from inferflux_core.plugins import PluginRegistry
 
-
-class DraftSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A draft model, as `EngineSpec` has the model itself."""
-
-    files: ModelFiles
-    backend: str
-    backend_settings: dict[str, Any] = {}
-
-
-class SpeculativeSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How to speculate.
-
-    Attributes:
-        method: a registered proposer, with its settings as in the configuration; None for none.
-        num_speculative_tokens: most draft tokens of one sequence in one step.
-    """
-
-    method: str | None = None
-    num_speculative_tokens: int = 32
-    settings: dict[str, Any] = {}
-    draft: DraftSpec | None = None
-
-
-class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine is made from, as names and plain values: what the engine process gets to read.
-
-    Attributes:
-        backend, scheduler: registered names, with their settings as in the configuration.
-        structured_output: whether requests may have constraints, for which the vocabulary is read at load.
-        blocked_plugins: distributions whose plugins are not loaded.
-    """
-
-    files: ModelFiles
-    backend: str
-    backend_settings: dict[str, Any] = {}
-    scheduler: str = "fcfs"
-    scheduler_settings: dict[str, Any] = {}
-    config: EngineConfig = EngineConfig()
-    speculative: SpeculativeSpec = SpeculativeSpec()
-    structured_output: bool = False
-    blocked_plugins: tuple[str, ...] = ()
+# How long a step with nothing to compute waits for a grammar before it looks for messages again.
+_COMPILE_WAIT_S = 0.02
 
 
 class EngineCore:
@@ -64,26 +41,67 @@ class EngineCore:
 
         host     plan 1 | plan 2, collect 1, take in 1 | plan 3, collect 2, take in 2 | ...
         device          | compute 1          | compute 2                  | compute 3
+
+    Drafts need the newest tokens, so around a step that has any, or would pay to have, the host waits for the device.
     """
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        *,
+        constraints: Constraints | None = None,
+        speculation: Speculation | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            constraints: makes the masks of constrained requests; None: there are no such requests.
+            speculation: closed with the engine.
+            details: added to those of the model, for people.
+        """
         self.runner = runner
         self.scheduler = scheduler
+        self.model_info = structs.replace(runner.model_info, details={**runner.model_info.details, **(details or {})})
+        self._constraints = constraints
+        self._speculation = speculation
         self._one_ahead = runner.caps.depth > 1
         self._in_flight: Ticket | None = None
+        self._compiling: dict[str, tuple[EngineRequest, Future[ConstraintState]]] = {}
+        self._mask_seconds = 0.0
 
     @classmethod
     def build(cls, spec: EngineSpec, registry: PluginRegistry) -> EngineCore:
-        """Load the model and put an engine around it.
+        """Load the model, make it warm, and put an engine around it.
 
         Raises:
-            PluginError: the backend or scheduler is unknown or has bad settings.
-            ModelFileError: the files cannot be loaded.
+            PluginError: the backend, scheduler or proposer is unknown or has bad settings.
+            ModelFileError: the files cannot be loaded, or the draft model does not fit the model.
         """
         backend: Backend = registry.create("backend", spec.backend, spec.backend_settings)
+        runner = backend.runner(spec.files, spec.config)
+        # The vocabulary is read in a thread of its own, beside the warm-up.
+        tokenizer = functools.partial(backend.tokenizer, spec.files)
+        constraints = cls._grammars(runner, tokenizer) if spec.structured_output else None
+        runner.warm_up()
         return cls.around(
-            backend.runner(spec.files, spec.config), spec.config, registry, spec.scheduler, spec.scheduler_settings
+            runner,
+            spec.config,
+            registry,
+            spec.scheduler,
+            spec.scheduler_settings,
+            constraints=constraints,
+            speculation=make_speculation(spec, registry, runner, tokenizer),
+            details={} if spec.speculative.method is None else {"speculation": spec.speculative.method},
         )
+
+    @staticmethod
+    def _grammars(runner: ModelRunner, tokenizer: Callable[[], Tokenizer]) -> Constraints | None:
+        if not runner.caps.grammar:
+            return None
+        from inferflux_core.engine.grammar import Grammars  # loads a native library
+
+        return Grammars(tokenizer, runner.model_info.vocab_size, runner.model_info.eos_token_ids)
 
     @classmethod
     def around(
@@ -93,6 +111,10 @@ class EngineCore:
         registry: PluginRegistry,
         scheduler: str = "fcfs",
         scheduler_settings: Mapping[str, Any] | None = None,
+        *,
+        constraints: Constraints | None = None,
+        speculation: Speculation | None = None,
+        details: Mapping[str, str] | None = None,
     ) -> EngineCore:
         """An engine around a runner that is loaded already."""
         context = SchedulerContext(
@@ -100,12 +122,15 @@ class EngineCore:
             caps=runner.caps,
             kv=make_kv_cache_manager(runner.kv_cache_spec, config.enable_prefix_caching, runner.caps.depth),
             eos_token_ids=runner.model_info.eos_token_ids,
+            speculation=speculation,
         )
-        return cls(runner, registry.create("scheduler", scheduler, scheduler_settings or {}, context))
-
-    @property
-    def model_info(self) -> ModelInfo:
-        return self.runner.model_info
+        return cls(
+            runner,
+            registry.create("scheduler", scheduler, scheduler_settings or {}, context),
+            constraints=constraints,
+            speculation=speculation,
+            details=details,
+        )
 
     def add(self, request: EngineRequest) -> EngineOutput | None:
         """Queue a request; returns its only output when it could never run."""
@@ -113,41 +138,87 @@ class EngineCore:
             len(request.prompt_token_ids) + request.params.max_tokens > self.model_info.max_model_len
         ):
             return EngineOutput(request.request_id, [], FinishReason.ERROR)
-        self.scheduler.add_request(request)
+        if request.constraint is None:
+            self.scheduler.add_request(request)
+        elif self._constraints is None:
+            error = "This model was loaded without structured output."
+            return EngineOutput(request.request_id, [], FinishReason.ERROR, error=error)
+        else:
+            # Compiled aside: a large grammar must not hold up the others.
+            state = self._constraints.compile(request.cache_salt, request.constraint)
+            self._compiling[request.request_id] = request, state
         return None
 
     def abort(self, request_ids: Sequence[str]) -> list[EngineOutput]:
         """End requests; what they hold is freed as soon as no step in flight uses it. Waits for nothing."""
-        return [EngineOutput(i, [], FinishReason.ABORT) for i in self.scheduler.abort(request_ids)]
+        compiling = [i for i in request_ids if self._compiling.pop(i, None) is not None]
+        return [EngineOutput(i, [], FinishReason.ABORT) for i in (*compiling, *self.scheduler.abort(request_ids))]
 
     def step(self) -> list[EngineOutput]:
         """Compute one step; the outputs it brought."""
+        outputs = self._add_compiled() if self._compiling else []
         last, self._in_flight = self._in_flight, None  # so that after an exception nothing is in flight
+        if last is not None and (_has_drafts(last.plan) or self.scheduler.wants_last()):
+            outputs += self._take_in(last)
+            last = None
         plan = self.scheduler.schedule()
+        masks = None
+        if plan is not None and plan.constraints and last is None and self._constraints is not None:
+            masks = self._constraints.begin(plan)  # made while the model computes
         ticket = None if plan is None else self.runner.launch(plan)
-        outputs = [] if last is None else self._take_in(last)
+        if last is not None:
+            outputs += self._take_in(last)
+            if plan is not None and plan.constraints and self._constraints is not None:
+                masks = self._constraints.begin(plan)  # not before: they depend on the tokens just taken in
         if ticket is not None:
-            self.runner.sample(ticket, None)
+            self.runner.sample(ticket, None if masks is None else self._await(masks))
             if not self._one_ahead:
-                return self._take_in(ticket)
+                return outputs + self._take_in(ticket)
             self._in_flight = ticket
         return outputs
+
+    def _add_compiled(self) -> list[EngineOutput]:
+        """Queue the requests whose constraint is compiled; waits a little for one when there is nothing else to do."""
+        if self._in_flight is None and not self.scheduler.has_requests():
+            wait((state for _, state in self._compiling.values()), _COMPILE_WAIT_S, FIRST_COMPLETED)
+        outputs = []
+        for request_id, (request, future) in list(self._compiling.items()):
+            if future.done():
+                del self._compiling[request_id]
+                state = future.result()
+                if state.error is None:
+                    self.scheduler.add_request(request, state)
+                else:
+                    outputs.append(EngineOutput(request_id, [], FinishReason.ERROR, error=state.error))
+        return outputs
+
+    def _await(self, masks: PendingMask) -> GrammarMask | None:
+        began = time.perf_counter()
+        mask = masks.result()
+        self._mask_seconds += time.perf_counter() - began
+        return mask
 
     def _take_in(self, ticket: Ticket) -> list[EngineOutput]:
         return self.scheduler.update_from_output(ticket.plan, self.runner.collect(ticket))
 
     def has_requests(self) -> bool:
         """Whether `step()` has anything to do: requests to compute, or a step in flight to take in."""
-        return self._in_flight is not None or self.scheduler.has_requests()
+        return self._in_flight is not None or bool(self._compiling) or self.scheduler.has_requests()
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        return structs.replace(self.scheduler.stats(), mask_seconds=self._mask_seconds)
 
     def close(self) -> None:
         """Wait for the step in flight, whose outputs nobody gets any more, and release the model."""
         last, self._in_flight = self._in_flight, None
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.runner.close)
+            for part in (self._speculation, self._constraints):
+                if part is not None:
+                    stack.callback(part.close)
             if last is not None:
                 self.runner.collect(last)
-        finally:
-            self.runner.close()
+
+
+def _has_drafts(plan: SchedulerOutput) -> bool:
+    return any(row.n_draft for row in plan.rows)

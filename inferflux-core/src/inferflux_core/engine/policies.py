@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from inferflux_core.engine.request import Request
 from inferflux_core.engine.scheduler import SchedulerContext, TokenBudgetScheduler
-from inferflux_core.engine.types import EngineRequest
+from inferflux_core.engine.types import ConstraintState, EngineRequest
 
 
 class FcfsScheduler(TokenBudgetScheduler):
@@ -34,9 +34,9 @@ class FairScheduler(TokenBudgetScheduler):
         super().__init__(context)
         self._service: dict[str, float] = {}
 
-    def add_request(self, request: EngineRequest) -> None:
+    def add_request(self, request: EngineRequest, constraint: ConstraintState | None = None) -> None:
         active = {r.tenant for queue in (self.waiting, self.running) for r in queue.values()}
-        super().add_request(request)
+        super().add_request(request, constraint)
         tenant = request.tenant
         if not active:
             self._service = {tenant: 0.0}  # everyone was idle: nothing to be fair about, and nothing to remember
@@ -51,7 +51,6 @@ class FairScheduler(TokenBudgetScheduler):
         return self.waiting.pop(first.request_id)
 
     def on_computed(self, request: Request, num_tokens: int) -> None:
-        # The step that samples computes one known token more than the prompt: that one is the output's.
-        is_decode = num_tokens == 1 and request.num_computed_tokens > request.num_prompt_tokens
+        is_decode = request.num_computed_tokens - num_tokens >= request.num_prompt_tokens
         weight = self.OUTPUT_WEIGHT if is_decode else self.PROMPT_WEIGHT
         self._service[request.tenant] = self._service.get(request.tenant, 0.0) + weight * num_tokens

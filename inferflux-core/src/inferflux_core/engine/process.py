@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from inferflux_core.engine.client import EngineClient, EngineState, WaitingLine
-from inferflux_core.engine.loop import EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.messages import (
     Abort,
     Failed,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from inferflux_core.engine.types import EngineRequest, SamplingParams
+from inferflux_core.engine.types import ConstraintState, EngineRequest, SamplingParams
 
 BlockHash = bytes
 
@@ -49,6 +49,9 @@ class Request:
         num_in_flight: tokens that planned steps sample and that are not known yet; the first of them may be computed all
             the same, since the device knows it.
         slot: held from admission until the last step that used it is collected.
+        draft: guessed tokens after the known ones, to be verified by the step that is being planned.
+        num_speculative_tokens: most of them; None leaves it to the engine.
+        constraint: what the output must be; None for anything.
     """
 
     request_id: str
@@ -68,9 +71,12 @@ class Request:
     slot: int | None = None
     started: bool = False
     hashes: list[BlockHash] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    num_speculative_tokens: int | None = None
+    constraint: ConstraintState | None = None
 
     @classmethod
-    def of(cls, message: EngineRequest) -> Request:
+    def of(cls, message: EngineRequest, constraint: ConstraintState | None = None) -> Request:
         return cls(
             request_id=message.request_id,
             params=message.params,
@@ -80,6 +86,8 @@ class Request:
             tenant=message.tenant,
             priority=message.priority,
             arrival_time=message.arrival_time,
+            num_speculative_tokens=message.num_speculative_tokens,
+            constraint=constraint,
         )
 
     @property

@@ -3,6 +3,9 @@
 Every step lets each sequence's computed tokens catch up with its known tokens. Chunked prefill, prefix hits and resuming
 after preemption are that one rule. Running sequences come first, then the waiting ones, within one budget of tokens.
 
+Drafts are tokens to catch up on as well: a decode may carry guesses of what follows it, which its row verifies. What holds is
+known afterwards, the rest never was.
+
 A step may be planned while the one before it still runs (`Capabilities.depth` 2). Tokens that are being sampled then count as
 known, though only the device knows them; whatever ends a sequence meanwhile leaves its slot and cache to it until the last
 step that uses them is collected (deferred free).
@@ -18,10 +21,13 @@ from dataclasses import dataclass, field
 
 from inferflux_core.engine.cost_model import StepCostModel
 from inferflux_core.engine.counters import EngineCounters
+from inferflux_core.engine.drafting import Drafting
 from inferflux_core.engine.kv.manager import KVCacheManager, PrefixMatch
 from inferflux_core.engine.kv.pending import PendingPrefixes
 from inferflux_core.engine.request import Request, RequestStatus
+from inferflux_core.engine.speculation import Speculation
 from inferflux_core.engine.types import (
+    ConstraintState,
     EngineOutput,
     EngineRequest,
     EngineStats,
@@ -45,13 +51,18 @@ _HOLD_WINDOW = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerContext:
-    """What a scheduler is made from."""
+    """What a scheduler is made from.
+
+    Attributes:
+        speculation: who guesses tokens; None: only those that a constraint leaves no choice about are drafted.
+    """
 
     config: EngineConfig
     caps: Capabilities
     kv: KVCacheManager
     eos_token_ids: frozenset[int]
     cost_model: StepCostModel = field(default_factory=StepCostModel)
+    speculation: Speculation | None = None
 
 
 class TokenBudgetScheduler(Scheduler):
@@ -88,6 +99,8 @@ class TokenBudgetScheduler(Scheduler):
         self._started: list[str] = []
         self._pending = PendingPrefixes(context.kv, _MIN_CHUNK)
         self._mean_output = 64.0
+        max_draft = context.caps.max_draft if context.kv.can_trim else 0
+        self._drafting = Drafting(max_draft, self._max_tokens, context.speculation)
         self._count = EngineCounters()
 
     # --- policy -------------------------------------------------------------------------------------------------------
@@ -105,10 +118,10 @@ class TokenBudgetScheduler(Scheduler):
 
     # --- requests come and go -----------------------------------------------------------------------------------------
 
-    def add_request(self, request: EngineRequest) -> None:
+    def add_request(self, request: EngineRequest, constraint: ConstraintState | None = None) -> None:
         if request.request_id in self.waiting or request.request_id in self.running:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        self.waiting[request.request_id] = Request.of(request)
+        self.waiting[request.request_id] = Request.of(request, constraint)
 
     def abort(self, request_ids: Sequence[str]) -> list[str]:
         aborted = []
@@ -118,6 +131,7 @@ class TokenBudgetScheduler(Scheduler):
                 self._finish(request)
             elif (request := self.waiting.pop(request_id, None)) is not None:
                 request.status = RequestStatus.FINISHED
+                self._drafting.forget(request)
             else:
                 continue
             aborted.append(request_id)
@@ -145,6 +159,7 @@ class TokenBudgetScheduler(Scheduler):
                 self._num_ending += 1
             else:
                 (decodes if request.num_pending == 1 else prefills).append(request)
+        self._drafting.draft(decodes)
         self._schedule_running(plan, decodes, self._max_tokens)
         chunk = self._chunk_budget(plan)
         chunk -= self._schedule_running(plan, prefills, chunk)
@@ -160,17 +175,23 @@ class TokenBudgetScheduler(Scheduler):
         plan.free, self._freed_slots = self._freed_slots, []
         return plan
 
+    def wants_last(self) -> bool:
+        return self._drafting.would_draft(self.running.values())
+
     def _schedule_running(self, plan: SchedulerOutput, requests: list[Request], budget: int) -> int:
         """Give running requests what the budget allows; returns the tokens used."""
         used = 0
         for request in requests:
-            n = self._cut(plan, request.num_pending, budget - used)
+            n = self._cut(plan, request.num_pending + len(request.draft), budget - used)
             if not n:
                 break
             if self._out_of_room and request.status is not RequestStatus.RUNNING:
                 continue  # it was preempted for an earlier one
             upto = request.num_scheduled_tokens + n
             ops = self.kv.allocate_slots(request, upto)
+            if ops is None and request.draft:  # nobody makes room for a guess
+                request.draft, n, upto = [], 1, upto - n + 1
+                ops = self.kv.allocate_slots(request, upto)
             if ops is None:
                 ops = self._make_room(plan, request, upto)
             if ops is not None:
@@ -216,6 +237,7 @@ class TokenBudgetScheduler(Scheduler):
                 if row.sample:
                     request.num_in_flight -= 1
                 self.kv.cancel(row.kv)
+                plan.constraints.pop(row.slot, None)
                 del self._scheduled[i], plan.rows[i]
                 return
 
@@ -227,7 +249,9 @@ class TokenBudgetScheduler(Scheduler):
             return room
         kv_tokens = sum(row.start for row in plan.rows)
         depth = max((r.num_scheduled_tokens for r in self.running.values() if r.num_pending > 1), default=0)
-        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, min(self._min_chunk, room), room, depth)
+        at_least = min(self._min_chunk, room)
+        num_draft = plan.num_tokens - len(plan.rows)
+        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, at_least, room, depth, num_draft)
 
     def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Start waiting requests while there are slots, budget and room."""
@@ -292,14 +316,18 @@ class TokenBudgetScheduler(Scheduler):
         start = request.num_scheduled_tokens
         upto = start + n
         tokens = request.tokens
-        num_known = len(tokens)
-        sample = upto == num_known + request.num_in_flight
+        num_known, draft, request.draft = len(tokens), request.draft, []
+        sample = upto == num_known + request.num_in_flight + len(draft)
         known = tokens[start:upto] if start < num_known else None
-        plan.rows.append(Row(slot=request.slot, start=start, n=n, tokens=known, n_draft=0, sample=sample, kv=ops))
+        if draft and known is not None:
+            known = known + draft
+        plan.rows.append(Row(slot=request.slot, start=start, n=n, tokens=known, n_draft=len(draft), sample=sample, kv=ops))
         plan.num_tokens += n
         request.num_scheduled_tokens = upto
         if sample:
             request.num_in_flight += 1
+            if request.constraint is not None:
+                plan.constraints[request.slot] = request.constraint
         self._scheduled.append(request)
 
     # --- taking in a step ---------------------------------------------------------------------------------------------
@@ -313,49 +341,60 @@ class TokenBudgetScheduler(Scheduler):
         oldest, requests = self._planned.popleft()
         assert oldest is plan, "steps are taken in in the order of their plans"
         for request, row in zip(requests, plan.rows, strict=True):
-            self._computed(request, row)
             drawn = next(sampled) if row.sample else None
             if drawn is not None:
                 request.num_in_flight -= 1
             if request.status is not running:  # stopped, aborted or preempted while the step ran
+                self._computed(request, row, 0)
                 if not request.is_in_flight:
                     del self.leaving[request.request_id]
                     self._give_back(request)
-            elif drawn is not None:
-                outputs.append(self._append(request, drawn[0], drawn[1]))
+            elif drawn is None:
+                self._computed(request, row, 0)
+            else:
+                outputs.append(self._take_drawn(request, row, *drawn))
         self._count.num_steps += 1
         self._count.schedule_seconds += time.perf_counter() - began
         return outputs
 
     def _observe(self, plan: SchedulerOutput, milliseconds: float) -> None:
-        num_decode = kv_tokens = prefill_attention = 0
+        num_decode = num_draft = kv_tokens = prefill_attention = 0
         for row in plan.rows:
-            if row.n == 1:
+            if row.n == 1 + row.n_draft:
                 num_decode += 1
+                num_draft += row.n_draft
                 kv_tokens += row.start
             else:
                 prefill_attention += row.n * row.start
-        self.context.cost_model.observe(plan.num_tokens - num_decode, num_decode, kv_tokens, milliseconds, prefill_attention)
+        num_prefill = plan.num_tokens - num_decode - num_draft
+        self.context.cost_model.observe(num_prefill, num_decode, kv_tokens, milliseconds, prefill_attention, num_draft)
+        if not num_prefill:
+            self._drafting.observe(plan.num_tokens, milliseconds)
         self._count.step_tokens += plan.num_tokens
         self._count.model_seconds += milliseconds / 1e3
 
-    def _computed(self, request: Request, row: Row) -> None:
+    def _computed(self, request: Request, row: Row, accepted: int) -> None:
+        """A row was computed, and so many of its drafts hold: their KV is valid, that of the others is not."""
         first = request.num_computed_tokens
-        request.num_computed_tokens = first + row.n
-        self.kv.cache_blocks(request, request.num_computed_tokens)
+        request.num_computed_tokens = upto = min(row.start + row.n - row.n_draft + accepted, len(request.tokens))
+        self.kv.cache_blocks(request, upto)
+        if upto < row.start + row.n and row.n_draft:
+            request.num_scheduled_tokens = upto
+            self.kv.trim(request, upto)
         if self._pending.owners:
-            self._pending.remove(request, first, request.num_computed_tokens)
+            self._pending.remove(request, first, upto)
         if first < request.num_prompt_tokens:
-            prompt = min(request.num_computed_tokens, request.num_prompt_tokens) - first
+            prompt = min(upto, request.num_prompt_tokens) - first
             self._count.prompt_tokens += prompt
             if request.num_preemptions:
                 self._count.recomputed_prompt_tokens += prompt
-        self.on_computed(request, row.n)
+        self.on_computed(request, upto - first)
 
-    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> EngineOutput:
+    def _take_drawn(self, request: Request, row: Row, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> EngineOutput:
         """Known tokens grow by what was drawn, up to the first that ends the request."""
-        params = request.params
+        params, constraint = request.params, request.constraint
         reason: FinishReason | None = None
+        error: str | None = None
         emitted: list[int] = []
         for token in tokens:
             request.tokens.append(token)
@@ -364,9 +403,18 @@ class TokenBudgetScheduler(Scheduler):
                 reason = FinishReason.STOP
                 break
             emitted.append(token)
+            if constraint is not None:
+                constraint.advance((token,))
+                error = constraint.error
+                if error is not None or constraint.is_finished:
+                    reason = FinishReason.STOP if error is None else FinishReason.ERROR
+                    break
             if request.num_output_tokens >= params.max_tokens:
                 reason = FinishReason.LENGTH
                 break
+        self._computed(request, row, len(tokens) - 1)
+        if row.n_draft:
+            self._drafting.verified(request, row.n_draft, len(tokens) - 1)
         generated = request.num_output_tokens
         if reason is not None:
             self._mean_output += 0.1 * (generated - self._mean_output)
@@ -378,6 +426,7 @@ class TokenBudgetScheduler(Scheduler):
             generated,
             min(request.num_cached_tokens, request.num_prompt_tokens),
             None if logprobs is None else logprobs[: len(emitted)],
+            error,
         )
 
     # --- leaving ------------------------------------------------------------------------------------------------------
@@ -385,6 +434,7 @@ class TokenBudgetScheduler(Scheduler):
     def _finish(self, request: Request) -> None:
         self._release(request)
         request.status = RequestStatus.FINISHED
+        self._drafting.forget(request)
 
     def preempt(self, request: Request) -> None:
         """Take a running request's room between two steps; it starts over later, from what is then still cached."""
@@ -398,6 +448,7 @@ class TokenBudgetScheduler(Scheduler):
     def _release(self, request: Request) -> None:
         """A request runs no longer, and gives back what it holds as soon as no step in flight uses it."""
         self._pending.remove(request, request.num_computed_tokens)
+        request.draft = []
         del self.running[request.request_id]
         if request.is_in_flight:
             self.leaving[request.request_id] = request
@@ -415,7 +466,7 @@ class TokenBudgetScheduler(Scheduler):
     # --- books --------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        return self._count.stats(len(self.running), len(self.waiting), self.kv.stats().usage)
+        return self._count.stats(len(self.running), len(self.waiting), self.kv.stats().usage, self._drafting)
 
     def check_integrity(self) -> None:
         """Verify slots, the cache's books, what is in flight and what is being computed. For tests, after every step.

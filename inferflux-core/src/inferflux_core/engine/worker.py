@@ -20,7 +20,8 @@ from collections.abc import Iterator
 import msgspec
 import zmq
 
-from inferflux_core.engine.loop import EngineCore, EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.loop import EngineCore
 from inferflux_core.engine.messages import (
     Abort,
     Failed,
@@ -152,7 +153,6 @@ def main() -> int:
     try:
         began = time.perf_counter()
         core = EngineCore.build(spec.engine, load_plugins(spec.engine.blocked_plugins))
-        core.runner.warm_up()
         outbox.send(encode(Ready(core.model_info, time.perf_counter() - began)))
         Worker(core, inbox, outbox, pulse).run()
         core.close()

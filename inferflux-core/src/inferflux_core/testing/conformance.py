@@ -17,9 +17,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from inferflux_core.engine.speculation import Speculation
 from inferflux_core.engine.types import FinishReason
 from inferflux_core.interfaces import EngineConfig, ModelRunner
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
+from inferflux_core.testing.scripted_drafts import ScriptedDrafts
+from inferflux_core.testing.token_sets import TokenSets, only
 
 
 class BackendConformance(ABC):
@@ -50,9 +53,11 @@ class BackendConformance(ABC):
         defaults: dict[str, object] = {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": 256, "max_model_len": 256}
         return EngineConfig(**{**defaults, **changes})  # type: ignore[arg-type]  # keywords of the dataclass
 
-    def driver(self, **changes: object) -> EngineDriver:
+    def driver(self, speculation: Speculation | None = None, **changes: object) -> EngineDriver:
         config = self.config(**changes)
-        return EngineDriver(self.make_runner(config), config)
+        runner = self.make_runner(config)
+        constraints = TokenSets(runner.model_info.vocab_size) if runner.caps.grammar else None
+        return EngineDriver(runner, config, constraints=constraints, speculation=speculation)
 
     def one_by_one(self, prompts: Sequence[Sequence[int]], **params: Any) -> list[Answer]:
         """Each prompt alone on a cache that shares nothing: what everything else must equal."""
@@ -195,3 +200,87 @@ class BackendConformance(ABC):
         driver.core.close()
         assert (len(answers[0].token_ids), answers[0].finish_reason) == (3, FinishReason.LENGTH)
         assert (answers[1].token_ids, answers[1].finish_reason) == ([], FinishReason.ERROR)
+
+    # --- drafts and masks ---------------------------------------------------------------------------------------------
+
+    def drafted(
+        self, prompts: Sequence[Sequence[int]], expected: Sequence[Answer], *, wrong_every: int = 0, **params: Any
+    ) -> list[Answer]:
+        """The prompts together, with drafts of the expected answers, some of their tokens wrong."""
+        known = [(prompt, answer.token_ids) for prompt, answer in zip(prompts, expected, strict=True)]
+        proposer = ScriptedDrafts(known, wrong_every=wrong_every, length=5)
+        driver = self.driver(proposer.always())
+        params = {"max_tokens": self.output_tokens, "logprobs": 5 if self.logprob_noise else None, **params}
+        try:
+            answers = driver.generate(*(make_request(p, **params) for p in prompts))
+            stats = driver.core.stats()
+        finally:
+            driver.core.close()
+        assert stats.spec_draft_tokens == (proposer.proposed if driver.core.runner.caps.max_draft else 0)
+        if proposer.proposed and not self.logprob_noise:
+            assert (stats.spec_accepted_tokens < stats.spec_draft_tokens) == bool(wrong_every)
+        return answers
+
+    def test_drafts_that_hold_change_nothing(self) -> None:
+        prompts = [self.prompt(n, variant) for variant, n in enumerate((33, 9, 64))]
+        expected = self.one_by_one(prompts, ignore_eos=True)
+        self.assert_same(self.drafted(prompts, expected, ignore_eos=True), expected)
+
+    def test_rejected_drafts_leave_no_trace(self) -> None:
+        prompts = [self.prompt(n, variant) for variant, n in enumerate((33, 9, 64, 16))]
+        expected = self.one_by_one(prompts, ignore_eos=True)
+        for wrong_every in (1, 2, 3):
+            self.assert_same(self.drafted(prompts, expected, wrong_every=wrong_every, ignore_eos=True), expected)
+
+    def test_a_turn_after_rejected_drafts_goes_on_from_what_held(self) -> None:
+        prompt = list(self.prompt(40, 1))
+        expected = self.one_by_one([prompt], ignore_eos=True)[0]
+        drafts = ScriptedDrafts([(prompt, expected.token_ids)], wrong_every=2)
+        driver = self.driver(drafts.always())
+        answer = driver.generate(make_request(prompt, max_tokens=self.output_tokens, ignore_eos=True))[0]
+        turn = prompt + answer.token_ids + list(self.prompt(12, 2))
+        again = driver.generate(make_request(turn, max_tokens=self.output_tokens))[0]
+        driver.core.close()
+        self.assert_same([again], self.one_by_one([turn]))
+
+    def test_drafts_do_not_change_what_a_seed_draws(self) -> None:
+        prompts = [self.prompt(20, 1), self.prompt(31, 2)]
+        params: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 11, "ignore_eos": True, "logprobs": 2}
+        expected = self.one_by_one(prompts, **params)
+        for wrong_every in (0, 3):
+            answers = self.drafted(prompts, expected, wrong_every=wrong_every, **params)
+            for answer, reference in zip(answers, expected, strict=True):
+                assert answer.token_ids == reference.token_ids
+                for ours, theirs in zip(answer.logprobs, reference.logprobs, strict=True):
+                    assert abs(ours.logprob - theirs.logprob) <= self.logprob_noise
+                    assert len(ours.top) == 2
+
+    def test_masks_hold_whatever_the_model_wants(self) -> None:
+        driver = self.driver()
+        if driver.core.runner.caps.grammar:
+            prompts = [self.prompt(20, v) for v in range(3)]
+            free = self.one_by_one(prompts[:1], ignore_eos=True)[0].token_ids
+            few, one = {1 + max(free), free[0] ^ 1, 2}, {free[0] ^ 1}
+            most = set(range(driver.core.model_info.vocab_size)) - {*free}
+            extras: list[dict[str, Any]] = [{}, {"logprobs": 1}, {"temperature": 1.0, "seed": 3}]
+            requests = [
+                make_request(p, max_tokens=6, ignore_eos=True, constraint=only(permitted), **extra)
+                for p, permitted, extra in zip(prompts, (few, one, most), extras, strict=True)
+            ]
+            plain = make_request(prompts[0], max_tokens=self.output_tokens, ignore_eos=True)
+            answers = driver.generate(*requests, plain)
+            for answer, permitted in zip(answers, (few, one, most), strict=False):
+                assert len(answer.token_ids) == 6
+                assert permitted.issuperset(answer.token_ids)
+            assert answers[3].token_ids[0] == free[0], "a mask of others changed what an unconstrained sequence draws"
+        driver.core.close()
+
+    def test_forced_tokens_are_computed_together(self) -> None:
+        driver = self.driver()
+        caps = driver.core.runner.caps
+        if caps.grammar and caps.max_draft:
+            token = self.prompt(1, 1)[0]
+            request = make_request(self.prompt(20, 1), max_tokens=8, ignore_eos=True, constraint=only({token}))
+            assert driver.generate(request)[0].token_ids == [token] * 8
+            assert driver.core.stats().forced_tokens == 6, "all but the first, which the prompt brings, and the last"
+        driver.core.close()

@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from inferflux_core.engine.constraints import Constraints
 from inferflux_core.engine.loop import EngineCore
 from inferflux_core.engine.scheduler import TokenBudgetScheduler
-from inferflux_core.engine.types import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from inferflux_core.engine.speculation import Speculation
+from inferflux_core.engine.types import (
+    Constraint,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
 from inferflux_core.interfaces import EngineConfig, ModelRunner
 from inferflux_core.plugins import PluginRegistry, load_plugins
 
@@ -23,6 +32,8 @@ def make_request(
     salt: str = "",
     tenant: str = "",
     priority: int = 0,
+    constraint: Constraint | None = None,
+    num_speculative_tokens: int | None = None,
     **params: Any,
 ) -> EngineRequest:
     """A request with sampling parameters as keywords; greedy unless a temperature is given."""
@@ -35,6 +46,8 @@ def make_request(
         tenant=tenant,
         priority=priority,
         arrival_time=float(number),
+        constraint=constraint,
+        num_speculative_tokens=num_speculative_tokens,
     )
 
 
@@ -46,6 +59,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    error: str | None = None
 
 
 class EngineDriver:
@@ -60,9 +74,17 @@ class EngineDriver:
     MAX_STEPS = 20_000
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, scheduler: str = "fcfs", registry: PluginRegistry | None = None
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        scheduler: str = "fcfs",
+        registry: PluginRegistry | None = None,
+        *,
+        constraints: Constraints | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.core = EngineCore.around(runner, config, registry or load_plugins(), scheduler)
+        registry = registry or load_plugins()
+        self.core = EngineCore.around(runner, config, registry, scheduler, constraints=constraints, speculation=speculation)
         self.answers: dict[str, Answer] = {}
         self.steps = 0
 
@@ -125,3 +147,4 @@ class EngineDriver:
         answer.logprobs += output.logprobs or []
         answer.finish_reason = output.finish_reason
         answer.num_cached_tokens = output.num_cached_tokens
+        answer.error = output.error

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from inferflux_core.engine.sampling import Sampler, gumbel_noise
+from inferflux_core.engine.sampling import Logits, Sampler, gumbel_noise
 from inferflux_core.engine.types import (
     ModelRunnerOutput,
     Row,
@@ -120,7 +120,8 @@ class _FakeTicket(Ticket):
     began: float
     ready_at: float = 0.0
     sampled: bool = False
-    states: list[int] = field(default_factory=list)
+    mask: GrammarMask | None = None
+    states: list[list[int]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs] | None] = field(default_factory=list)
 
@@ -152,7 +153,11 @@ class FakeRunner(ModelRunner):
             can_trim=settings.can_trim,
         )
         self.caps = Capabilities(
-            max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens, depth=settings.depth
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            depth=settings.depth,
+            max_draft=settings.max_draft if settings.can_trim else 0,
+            grammar=True,
         )
         self._memory = FakeMemory(settings, self._mix)
         self._guard = FlightGuard(settings.block_size) if settings.depth > 1 else None
@@ -217,29 +222,35 @@ class FakeRunner(ModelRunner):
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
         assert isinstance(ticket, _FakeTicket)
-        ticket.sampled = True
+        ticket.sampled, ticket.mask = True, mask
         if self._guard is None:
             self._draw_all(ticket)
 
     def _draw_all(self, ticket: _FakeTicket) -> None:
-        for row, state in zip(ticket.plan.rows, ticket.states, strict=True):
-            if not row.sample:
-                continue
-            token, logprobs = self._draw(row, state)
-            self._last_token[row.slot] = (ticket.number, token)
-            ticket.tokens.append([token])
-            ticket.logprobs.append(None if logprobs is None else [logprobs])
+        for row, states in zip(ticket.plan.rows, ticket.states, strict=True):
+            if row.sample:
+                tokens, logprobs = self._draw(row, states, ticket.mask)
+                self._last_token[row.slot] = (ticket.number, tokens[-1])
+                ticket.tokens.append(tokens)
+                ticket.logprobs.append(logprobs)
 
-    def _draw(self, row: Row, state: int) -> tuple[int, TokenLogprobs | None]:
+    def _draw(self, row: Row, states: list[int], mask: GrammarMask | None) -> tuple[list[int], list[TokenLogprobs] | None]:
         may_end = self._plain.get(row.slot)
-        best = _favourite(state, may_end is not False)
-        if may_end is not None:
-            return best, None
+        first = None if mask is None else mask.first.get(row.slot)
+        draft = row.tokens[row.n - row.n_draft :] if row.n_draft and row.tokens is not None else ()
+        if may_end is not None and first is None:
+            best = [_favourite(state, may_end) for state in states]
+            return best[: 1 + _num_accepted(best, draft)], None
+        bits = None if mask is None or first is None else mask.bits[first : first + len(states)]
+        position = row.start + row.n - row.n_draft
+        return self._sampler.sample_row(row.slot, position, [self._logits(row.slot, s) for s in states], draft, bits)
+
+    def _logits(self, slot: int, state: int) -> Logits:
         logits = gumbel_noise(state, 0, np.arange(VOCAB_SIZE))
         logits[128:256] = -20.0  # no broken UTF-8 out of nowhere
         logits[EOS] = logits[BOS] = logits[IM_START] = logits[IM_END] = -20.0
-        logits[best] = float(logits.max()) + 0.5
-        return self._sampler.sample(row.slot, row.start + row.n, logits)
+        logits[_favourite(state, self._plain.get(slot) is not False)] = float(logits.max()) + 0.5
+        return logits
 
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
         assert isinstance(ticket, _FakeTicket)
@@ -259,6 +270,11 @@ class FakeRunner(ModelRunner):
     def close(self) -> None:
         self._launched.clear()
         self._memory = FakeMemory(self._settings, self._mix)
+
+
+def _num_accepted(tokens: Sequence[int], draft: Sequence[int]) -> int:
+    """How many tokens of a draft were drawn, up to the first that was not."""
+    return next((i for i, guess in enumerate(draft) if tokens[i] != guess), len(draft))
 
 
 def _favourite(state: int, may_end: bool) -> int:

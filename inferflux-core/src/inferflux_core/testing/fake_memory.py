@@ -36,13 +36,15 @@ class FakeMemory:
                     assert self.settings.can_trim or keep_len in (0, len(cells)), "a stream that cannot be trimmed was cut"
                     del cells[keep_len:]
 
-    def compute(self, row: Row, tokens: Sequence[int]) -> int:
-        """Write the cells of these tokens; the state of the last one."""
+    def compute(self, row: Row, tokens: Sequence[int]) -> list[int]:
+        """Write the cells of these tokens; the states of the last one and of those that are verified with it."""
         if isinstance(row.kv, SequenceOps):
-            return self._compute_stream(row, tokens, self.streams[row.kv.stream])
-        return self._compute_blocks(row, tokens)
+            states = self._compute_stream(row, tokens, self.streams[row.kv.stream])
+        else:
+            states = self._compute_blocks(row, tokens)
+        return states[-1 - row.n_draft :]
 
-    def _compute_stream(self, row: Row, tokens: Sequence[int], cells: list[int]) -> int:
+    def _compute_stream(self, row: Row, tokens: Sequence[int], cells: list[int]) -> list[int]:
         assert len(cells) == row.start, f"row starts at {row.start}, the stream holds {len(cells)}"
         state = cells[-1] if cells else 1
         for token in tokens:
@@ -50,18 +52,20 @@ class FakeMemory:
             cells.append(state)
         limit = self.settings.pool_tokens
         assert limit is None or sum(map(len, self.streams.values())) <= limit, "the shared pool overflowed"
-        return state
+        return cells[row.start :]
 
-    def _compute_blocks(self, row: Row, tokens: Sequence[int]) -> int:
+    def _compute_blocks(self, row: Row, tokens: Sequence[int]) -> list[int]:
         size = self.settings.block_size
         table = self.tables[row.slot]
         state = 1
         if row.start:
             state = self.blocks[table[(row.start - 1) // size]][(row.start - 1) % size]
+        states = []
         for position, token in enumerate(tokens, row.start):
             state = self.mix(state, token)
             self.blocks.setdefault(table[position // size], [0] * size)[position % size] = state
-        return state
+            states.append(state)
+        return states
 
 
 @dataclass(slots=True, frozen=True)

@@ -19,6 +19,7 @@ class FakeSettings(Group):
     pool_tokens: int | None = Field(None, ge=16, description="Cells that the streams share; by default each has its own.")
     max_model_len: int = Field(4096, ge=16, description="Longest sequence in tokens.")
     can_trim: bool = Field(True, description="Whether a part of a stream can be removed.")
+    max_draft: int = Field(64, ge=0, description="Most draft tokens of one row; 0 if rows cannot be verified.")
     depth: Literal[1, 2] = Field(1, description="Steps in flight; 2 launches a step before the one before it is collected.")
     step_ms: float = Field(0.0, ge=0, description="Milliseconds each step takes, whatever it computes.")
     token_ms: float = Field(0.0, ge=0, description="Milliseconds each token of a step adds.")

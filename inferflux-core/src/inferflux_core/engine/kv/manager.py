@@ -62,9 +62,9 @@ class KVCacheManager(ABC):
     def cache_blocks(self, request: Request, upto: int) -> None:
         """tokens[:upto] are computed, by steps that were collected: publish their full blocks for others."""
 
-    @abstractmethod
-    def trim(self, request: Request, to: int) -> None:
-        """Forget the cache from position `to` on (rejected drafts). Only when the runner can trim."""
+    def trim(self, request: Request, to: int) -> None:  # noqa: B027  # where cells are overwritten nothing is to be done
+        """What a step wrote from position `to` on does not count (rejected drafts). `cache_blocks` was told no more, and the
+        room stays the sequence's. Only when the runner can trim."""
 
     @abstractmethod
     def free(self, request: Request, keep: bool) -> None:

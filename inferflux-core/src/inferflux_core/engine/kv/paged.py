@@ -167,14 +167,6 @@ class PagedKVCacheManager(KVCacheManager):
                 self._cached[hashes[i]] = table.blocks[i]
         table.num_offered = full
 
-    def trim(self, request: Request, to: int) -> None:
-        table = self._tables[request.request_id]
-        while len(table.blocks) > -(-to // self.block_size):
-            self._release(table.blocks.pop(), keep=False)
-        if to % self.block_size and table.blocks[-1].refs == 1:
-            self._forget(table.blocks[-1])  # its end is about to be overwritten
-        table.num_offered = min(table.num_offered, to // self.block_size)
-
     def free(self, request: Request, keep: bool) -> None:
         table = self._tables.pop(request.request_id, None)
         for block in reversed(table.blocks if table is not None else []):

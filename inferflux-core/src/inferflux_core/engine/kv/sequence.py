@@ -24,6 +24,7 @@ class Stream:
         tokens: the sequence's tokens (shared with the request: it only grows); valid up to length.
         length: tokens whose KV is computed.
         reserved: tokens that the owner was promised room for.
+        written: cells that the library may hold when they are more than `length`: rejected drafts, until the stream is cut.
         hashes: of the full blocks up to length.
         last_used: logical time of the last release.
     """
@@ -33,6 +34,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     length: int = 0
     reserved: int = 0
+    written: int = 0
     hashes: list[BlockHash] = field(default_factory=list)
     last_used: int = 0
 
@@ -106,13 +108,17 @@ class SequenceKVCacheManager(KVCacheManager):
             return None
         stream = self._of.get(request.request_id)
         if stream is not None:
-            if upto <= stream.reserved:
-                return self._plain_ops[stream.id]
-            evicted = self._make_room(upto - stream.reserved, spare=(stream,))
-            if evicted is None:
-                return None
-            stream.reserved = upto
-            return replace(self._plain_ops[stream.id], clear=evicted) if evicted else self._plain_ops[stream.id]
+            evicted: tuple[int, ...] = ()
+            if upto > stream.reserved:
+                made = self._make_room(upto - stream.reserved, spare=(stream,))
+                if made is None:
+                    return None
+                evicted, stream.reserved = made, upto
+            ops = self._plain_ops[stream.id]
+            if evicted or stream.written:
+                keep_len = stream.length if stream.written else None
+                ops, stream.written = replace(ops, clear=evicted, keep_len=keep_len), 0
+            return ops
         return self._start(request, upto, match)
 
     def _start(self, request: Request, upto: int, match: PrefixMatch) -> SequenceOps | None:
@@ -131,6 +137,7 @@ class SequenceKVCacheManager(KVCacheManager):
         stream.owner = request.request_id
         stream.tokens = request.tokens
         stream.reserved = upto
+        stream.written = 0
         stream.length = match.num_tokens
         self._publish(stream, request)
         self._of[request.request_id] = stream
@@ -166,12 +173,13 @@ class SequenceKVCacheManager(KVCacheManager):
         for stream in sorted(retained, key=lambda s: s.last_used):
             if missing <= 0:
                 break
-            missing -= stream.length
+            missing -= _cells(stream)
             evicted.append(stream)
         if missing > 0:
             return None
         for stream in evicted:
             self._truncate(stream, 0)
+            stream.written = 0
         cleared = (*sorted(self._stale - kept), *(stream.id for stream in evicted))
         self._stale.clear()
         return cleared
@@ -179,6 +187,8 @@ class SequenceKVCacheManager(KVCacheManager):
     def cancel(self, ops: KVOps) -> None:
         if isinstance(ops, SequenceOps):
             self._stale.update(ops.clear)
+            stream = self._streams[ops.stream]
+            stream.written = stream.reserved  # a cut that will not happen
 
     def carry_over(self, ops: KVOps) -> KVOps:
         if not self._stale or not isinstance(ops, SequenceOps):
@@ -212,7 +222,8 @@ class SequenceKVCacheManager(KVCacheManager):
         stream.length = min(stream.length, to)
 
     def trim(self, request: Request, to: int) -> None:
-        self._truncate(self._of[request.request_id], to)
+        stream = self._of[request.request_id]
+        stream.written = stream.reserved
 
     def free(self, request: Request, keep: bool) -> None:
         stream = self._of.pop(request.request_id, None)
@@ -224,6 +235,7 @@ class SequenceKVCacheManager(KVCacheManager):
         stream.last_used = self._clock
         if not (keep and self._caching):
             self._truncate(stream, 0)
+            stream.written = 0
             if self._spec.pool_tokens is not None:
                 self._stale.add(stream.id)
 
@@ -254,6 +266,7 @@ class SequenceKVCacheManager(KVCacheManager):
             assert stream.length <= len(stream.tokens) or stream.length == 0, "a stream is longer than its tokens"
             assert stream.length <= self._spec.stream_tokens, "a stream is longer than its cells"
             assert stream.owner is None or stream.length <= stream.reserved, "a sequence outgrew its room"
+            assert stream.owner is None or stream.written <= stream.reserved, "a sequence's drafts outgrew its room"
             expected = stream.length // self.block_size if self._caching else 0
             assert len(stream.hashes) == expected, "a stream's hashes do not match its length"
             for block_hash in stream.hashes:
@@ -264,7 +277,7 @@ class SequenceKVCacheManager(KVCacheManager):
 
 
 def _cells(stream: Stream) -> int:
-    return max(stream.reserved, stream.length)
+    return max(stream.reserved, stream.length, stream.written)
 
 
 def _gaps(running: set[int], candidate: int) -> int:
