@@ -174,6 +174,8 @@ def _plugin_path(entry: Entry) -> tuple[str, ...]:
             return ("backends", entry.registration.name)
         case "scheduler":
             return ("engine", "scheduler_settings")
+        case "proposer":
+            return ("engine", "speculative", "settings")
         case "auth provider":
             return ("auth", "settings", entry.registration.name)
     raise ConfigError(

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from inferflux_core.config import Loaded, check_bind, check_plugins, load_settings, served_name
+from inferflux_core.config import Loaded, check_bind, check_plugins, load_settings, plugin_problems, served_name
 from inferflux_core.errors import ConfigError
 from inferflux_core.interfaces import NoSettings, Registration
-from inferflux_core.plugins import Distribution, PluginRegistry
+from inferflux_core.plugins import Distribution, PluginRegistry, load_plugins
 from inferflux_core.setting_keys import setting_keys
 from inferflux_core.settings import Group, ModelSettings, Settings
 
@@ -261,7 +261,7 @@ logging:
         ("models: [demo]\n", ":1: models[0]: must be a mapping of keys to values"),
         ("backends:\n  fake: 1\n", ":2: backends.fake: must be a mapping of keys to values"),
         ("colour: blue\n", ":1: unknown setting 'colour'; there are: server, models, model_roots, engine, backends, "
-                           "hub, plugins, logging, metrics, state_dir, auth, policy, limits, audit"),
+                           "structured_output, hub, plugins, logging, metrics, state_dir, auth, policy, limits, audit"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_with_the_line(text: str, message: str) -> None:
@@ -422,3 +422,29 @@ def test_the_example_file_is_valid_and_mentions_every_setting() -> None:
     assert settings.engine == Settings().engine
     text = file.read_text(encoding="utf-8")
     assert [key.name for key in setting_keys() if f"{key.path[-1]}:" not in text] == []
+
+
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{method: ngrams}", "engine.speculative.method: no installed plugin registers a proposer named 'ngrams'"),
+        ("{method: ngram, settings: {depth: 3}}", "engine.speculative.method: settings of proposer 'ngram'"),
+        ("{method: draft_model}", "engine.speculative.model: the method 'draft_model' needs a draft model; name its source"),
+        ("{model: demo}", "engine.speculative.method: there is a draft model, but nothing that asks it"),
+        ("{method: draft_model, model: demo, backend: none}", "engine.speculative.backend: no installed plugin registers"),
+    ],
+)  # fmt: skip
+def test_speculation_that_cannot_work_is_refused(text: str, message: str) -> None:
+    problems = plugin_problems(load(f"engine:\n  speculative: {text}\n").settings, load_plugins())
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_a_draft_models_path_is_relative_to_the_file() -> None:
+    loaded = load("models: [{source: demo, speculative: {method: draft_model, model: ./small.gguf}}]\n")
+    speculative = loaded.settings.models[0].speculative
+    assert speculative is not None
+    assert speculative.model == str(Path.cwd() / "small.gguf")

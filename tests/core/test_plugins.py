@@ -72,6 +72,8 @@ def test_core_registers_through_the_same_hooks() -> None:
         ("scheduler", "fair", "inferflux-core"),
         ("scheduler", "fcfs", "inferflux-core"),
         ("scheduler", "priority", "inferflux-core"),
+        ("proposer", "draft_model", "inferflux-core"),
+        ("proposer", "ngram", "inferflux-core"),
         ("model source", "demo", "inferflux-core"),
         ("model source", "fake", "inferflux-core"),
         ("model source", "hf", "inferflux-core"),

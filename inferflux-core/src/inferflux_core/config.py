@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from inferflux_core.setting_file import read_file
 from inferflux_core.setting_keys import SettingPath, dotted, is_secret, suggestion, type_at
 from inferflux_core.setting_layers import Layer, Layers
 from inferflux_core.setting_paths import anchored, is_path
-from inferflux_core.settings import ModelSettings, Settings
+from inferflux_core.settings import ModelSettings, Settings, SpeculativeSettings
 
 DEFAULT_FILE = Path("inferflux.yaml")
 """Read from the current folder if it is there and no other file is named."""
 
 AUTO_BACKEND = "auto"
+
+_DRAFT_MODEL = "draft_model"  # the proposer that needs a second model
 
 # pydantic's words for what it expected, where they speak of Python rather than of a configuration
 _EXPECTED = {
@@ -210,7 +212,24 @@ def plugin_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
         elif model.backend not in refused:  # already reported, and the model can only repeat it
             values = {**settings.backends.get(model.backend, {}), **model.backend_settings}
             check(path, "backend", model.backend, values)
+    for path, speculative in _speculatives(settings):
+        if speculative.method is not None:
+            check(f"{path}.method", "proposer", speculative.method, speculative.settings)
+        if speculative.method == _DRAFT_MODEL and speculative.model is None:
+            problems.append(f"{path}.model: the method 'draft_model' needs a draft model; name its source")
+        elif speculative.model is not None and speculative.method is None:
+            problems.append(f"{path}.method: there is a draft model, but nothing that asks it; set it to 'draft_model'")
+        if speculative.backend != AUTO_BACKEND and speculative.backend not in refused:
+            values = {**settings.backends.get(speculative.backend, {}), **speculative.backend_settings}
+            check(f"{path}.backend", "backend", speculative.backend, values)
     return problems + _access_problems(settings, registry) + _name_problems(settings.models)
+
+
+def _speculatives(settings: Settings) -> Iterator[tuple[str, SpeculativeSettings]]:
+    yield "engine.speculative", settings.engine.speculative
+    for index, model in enumerate(settings.models):
+        if model.speculative is not None:
+            yield f"models[{index}].speculative", model.speculative
 
 
 def _auto_problems(path: str, model: ModelSettings, settings: Settings, registry: PluginRegistry) -> list[str]:

@@ -15,7 +15,7 @@ from inferflux_core.config import AUTO_BACKEND, Loaded
 from inferflux_core.errors import PluginError
 from inferflux_core.plugins import PluginRegistry
 from inferflux_core.setting_keys import SettingPath, dotted, is_secret, type_at
-from inferflux_core.settings import ModelSettings
+from inferflux_core.settings import ModelSettings, SpeculativeSettings
 
 MASK = "********"
 MAX_COMMENT_COLUMN = 60
@@ -73,12 +73,26 @@ class _PluginSecrets:
             case ("engine", "scheduler_settings", *rest):
                 return self._is_secret("scheduler", settings.engine.scheduler, tuple(rest))
             case ("models", int(index), "backend_settings", *rest):
-                backend = settings.models[index].backend
-                if backend != AUTO_BACKEND:
-                    return self._is_secret("backend", backend, tuple(rest))
-                known = [found for name in self.registry.entries["backend"] if (found := self._type(name, tuple(rest)))]
-                return not known or any(map(is_secret, known))
+                return self._is_backend_secret(settings.models[index].backend, tuple(rest))
+            case ("engine", "speculative", *rest):
+                return self._is_speculative_secret(settings.engine.speculative, rest)
+            case ("models", int(index), "speculative", *rest) if speculative := settings.models[index].speculative:
+                return self._is_speculative_secret(speculative, rest)
         return False
+
+    def _is_speculative_secret(self, speculative: SpeculativeSettings, path: Sequence[str | int]) -> bool:
+        match path:
+            case ("settings", *rest):
+                return speculative.method is None or self._is_secret("proposer", speculative.method, tuple(rest))
+            case ("backend_settings", *rest):
+                return self._is_backend_secret(speculative.backend, tuple(rest))
+        return False
+
+    def _is_backend_secret(self, backend: str, path: SettingPath) -> bool:
+        if backend != AUTO_BACKEND:
+            return self._is_secret("backend", backend, path)
+        known = [found for name in self.registry.entries["backend"] if (found := self._type(name, path))]
+        return not known or any(map(is_secret, known))
 
     def _is_secret(self, kind: str, name: str, path: SettingPath) -> bool:
         try:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from inferflux_core.setting_keys import alternatives, as_group, item_type, value_type
-from inferflux_core.settings import ModelSettings
+from inferflux_core.settings import ModelSettings, SpeculativeSettings
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` is a drive
+_SOURCES: Mapping[type, str] = {ModelSettings: "source", SpeculativeSettings: "model"}  # where groups name models
 _MODEL_SUFFIXES = (".gguf", ".safetensors", ".onnx")
 
 
@@ -29,9 +30,10 @@ def anchored(annotation: Any, value: Any, folder: Path | None) -> Any:
     if group is not None and isinstance(value, Mapping):
         types = {name: field.annotation for name, field in group.model_fields.items()}
         result = {key: anchored(types.get(key), item, folder) for key, item in value.items()}
-        source = result.get("source")
-        if group is ModelSettings and isinstance(source, str) and is_path(source):
-            result["source"] = _anchored(source, folder)
+        name = _SOURCES.get(group)
+        source = None if name is None else result.get(name)
+        if name is not None and isinstance(source, str) and is_path(source):
+            result[name] = _anchored(source, folder)
         return result
     items = item_type(annotation)
     if items is not None and isinstance(value, list):

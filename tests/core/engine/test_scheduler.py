@@ -11,6 +11,7 @@ import pytest
 
 from core.engine.watched import Engine, ask, prompt
 from inferflux_core.engine.cost_model import StepCostModel
+from inferflux_core.engine.prefill_chunks import PrefillChunks
 from inferflux_core.engine.types import EngineRequest
 from inferflux_core.testing.driver import make_request
 from inferflux_core.testing.fake_settings import FakeSettings
@@ -284,9 +285,8 @@ def test_a_deep_prefix_is_cut_so_that_a_whole_tile_is_computed() -> None:
     shared = prompt(100)
     for tail, start in ((1, 100), (2, 93), (8, 99), (9, 100)):  # a tile of 8, and the token that goes with the decodes
         engine = Engine(settings=FakeSettings(layout="sequence"), max_num_batched_tokens=256)
-        engine.scheduler.context = replace(
-            engine.scheduler.context, caps=replace(engine.scheduler.context.caps, prefill_tile=8)
-        )
+        context = engine.scheduler.context
+        engine.scheduler._chunks = PrefillChunks(replace(context.caps, prefill_tile=8), 256, None, context.cost_model)
         engine.generate(make_request(shared, max_tokens=1))
         request = make_request(shared + prompt(tail, 5), max_tokens=4)
         alone = Engine().generate(request)[0]

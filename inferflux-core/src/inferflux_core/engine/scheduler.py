@@ -24,6 +24,7 @@ from inferflux_core.engine.counters import EngineCounters
 from inferflux_core.engine.drafting import Drafting
 from inferflux_core.engine.kv.manager import KVCacheManager, PrefixMatch
 from inferflux_core.engine.kv.pending import PendingPrefixes
+from inferflux_core.engine.prefill_chunks import MIN_CHUNK, PrefillChunks
 from inferflux_core.engine.request import Request, RequestStatus
 from inferflux_core.engine.speculation import Speculation
 from inferflux_core.engine.types import (
@@ -41,10 +42,6 @@ from inferflux_core.engine.types import (
 )
 from inferflux_core.interfaces import Capabilities, EngineConfig, Scheduler
 
-# No chunk is cut below this, and no remainder is left below it: every chunk costs a pass over the weights.
-_MIN_CHUNK = 32
-# Context, in prefill tiles, from which on a chunk smaller than a tile is slower than a whole one.
-_DEEP_TILES = 4
 # Waiting requests that may be passed over in one step because a running one is computing what they need.
 _HOLD_WINDOW = 16
 
@@ -86,9 +83,7 @@ class TokenBudgetScheduler(Scheduler):
         self.leaving: dict[str, Request] = {}
         self._max_num_seqs = min(context.config.max_num_seqs, context.caps.max_num_seqs)
         self._max_tokens = min(context.config.max_num_batched_tokens, context.caps.max_num_batched_tokens)
-        # One token more than a tile, since backends that run equal numbers of tokens of all sequences in one pass put the
-        # first token of a chunk into the pass of the decodes.
-        self._min_chunk = min(max(_MIN_CHUNK, context.caps.prefill_tile + 1), max(1, self._max_tokens // 4))
+        self._chunks = PrefillChunks(context.caps, self._max_tokens, context.config.itl_target_ms, context.cost_model)
         self._slots = list(range(self._max_num_seqs))
         self._freed_slots: list[int] = []
         # Whose the rows of a plan are: of the one in the making, and of those not taken in yet, oldest first.
@@ -97,7 +92,7 @@ class TokenBudgetScheduler(Scheduler):
         self._out_of_room = False
         self._num_ending = 0  # running requests whose last token is in flight
         self._started: list[str] = []
-        self._pending = PendingPrefixes(context.kv, _MIN_CHUNK)
+        self._pending = PendingPrefixes(context.kv, MIN_CHUNK)
         self._mean_output = 64.0
         max_draft = context.caps.max_draft if context.kv.can_trim else 0
         self._drafting = Drafting(max_draft, self._max_tokens, context.speculation)
@@ -161,7 +156,8 @@ class TokenBudgetScheduler(Scheduler):
                 (decodes if request.num_pending == 1 else prefills).append(request)
         self._drafting.draft(decodes)
         self._schedule_running(plan, decodes, self._max_tokens)
-        chunk = self._chunk_budget(plan)
+        depth = max((r.num_scheduled_tokens for r in self.running.values() if r.num_pending > 1), default=0)
+        chunk = self._chunks.budget(plan, depth)
         chunk -= self._schedule_running(plan, prefills, chunk)
         if not self._out_of_room:
             # Otherwise a victim would get back the room that was just taken from it, or that a running one waits for.
@@ -182,7 +178,7 @@ class TokenBudgetScheduler(Scheduler):
         """Give running requests what the budget allows; returns the tokens used."""
         used = 0
         for request in requests:
-            n = self._cut(plan, request.num_pending + len(request.draft), budget - used)
+            n = self._chunks.cut(plan, request.num_pending + len(request.draft), budget - used)
             if not n:
                 break
             if self._out_of_room and request.status is not RequestStatus.RUNNING:
@@ -198,20 +194,6 @@ class TokenBudgetScheduler(Scheduler):
                 self._add_row(plan, request, n, ops)
                 used += n
         return used
-
-    def _cut(self, plan: SchedulerOutput, pending: int, budget: int) -> int:
-        """Tokens to compute of those pending: all, or a chunk that neither is nor leaves a sliver; 0 means not now.
-
-        Every chunk costs a pass over the weights, so the budget may be exceeded a little to spare one.
-        """
-        room = self._max_tokens - plan.num_tokens
-        if budget <= 0 or room <= 0:
-            return 0
-        if pending < budget + self._min_chunk and pending <= room:
-            return pending
-        if budget < self._min_chunk and plan.rows:
-            return 0
-        return min(pending, budget, room)
 
     def _make_room(self, plan: SchedulerOutput, request: Request, upto: int) -> KVOps | None:
         """Preempt until there is room for tokens[:upto]. None: the request itself had to go, or the room comes later."""
@@ -241,18 +223,6 @@ class TokenBudgetScheduler(Scheduler):
                 del self._scheduled[i], plan.rows[i]
                 return
 
-    def _chunk_budget(self, plan: SchedulerOutput) -> int:
-        """Tokens of prefill this step may compute beside its decodes."""
-        room = self._max_tokens - plan.num_tokens
-        target = self.context.config.itl_target_ms
-        if not plan.rows or target is None:
-            return room
-        kv_tokens = sum(row.start for row in plan.rows)
-        depth = max((r.num_scheduled_tokens for r in self.running.values() if r.num_pending > 1), default=0)
-        at_least = min(self._min_chunk, room)
-        num_draft = plan.num_tokens - len(plan.rows)
-        return self.context.cost_model.max_prefill(len(plan.rows), kv_tokens, target, at_least, room, depth, num_draft)
-
     def _admit_waiting(self, plan: SchedulerOutput, budget: int) -> None:
         """Start waiting requests while there are slots, budget and room."""
         passed_over: list[Request] = []
@@ -261,11 +231,11 @@ class TokenBudgetScheduler(Scheduler):
             if request.request_id in self.leaving:  # preempted, or named as one that was aborted, while a step ran
                 passed_over.append(request)
                 break
-            match = self._aligned(request, self.kv.get_computed_blocks(request))
+            match = self._chunks.align(request, self.kv.get_computed_blocks(request), self.kv)
             if self._pending.covers(request, match.num_tokens):
                 passed_over.append(request)
                 continue
-            n = self._cut(plan, len(request.tokens) - match.num_tokens, budget)
+            n = self._chunks.cut(plan, len(request.tokens) - match.num_tokens, budget)
             ops = self._start(request, match, n) if n else None
             if ops is None:
                 passed_over.append(request)
@@ -276,17 +246,6 @@ class TokenBudgetScheduler(Scheduler):
         for request in reversed(passed_over):
             self.waiting[request.request_id] = request
             self.waiting.move_to_end(request.request_id, last=False)
-
-    def _aligned(self, request: Request, match: PrefixMatch) -> PrefixMatch:
-        """A shorter match, when computing a whole tile takes less time than a smaller chunk deep in the context.
-
-        Measured with llama.cpp on a CPU, 1,000 tokens deep: 63 tokens take 806 ms, 64 take 239 ms.
-        """
-        tile = self.context.caps.prefill_tile
-        pending = len(request.tokens) - match.num_tokens
-        if tile > 1 and tile // 3 <= pending <= tile and match.num_tokens > _DEEP_TILES * tile and self.kv.can_trim:
-            return self.kv.shorten(match, len(request.tokens) - tile - 1)
-        return match
 
     def _start(self, request: Request, match: PrefixMatch, n: int) -> KVOps | None:
         """Room for the first n tokens, if the whole request is likely to fit beside those that run."""

@@ -125,8 +125,9 @@ class Speculation:
                 if tokens:
                     drafts.append((sequence, list(tokens[:length])))
                     self._drafted[sequence.request_id] = kind
-            taken = (time.perf_counter() - proposing) * 1e3 / max(1, sum(len(draft) for _, draft in drafts))
-            self._ms_per_token += (taken - self._ms_per_token) * (0.1 if self._ms_per_token else 1.0)
+            if len(drafts) == len(wanted):  # otherwise the proposer was busy with what it has to do once
+                taken = (time.perf_counter() - proposing) * 1e3 / sum(len(draft) for _, draft in drafts)
+                self._ms_per_token += (taken - self._ms_per_token) * (0.1 if self._ms_per_token else 1.0)
         self.counters.draft_seconds += time.perf_counter() - began
         return drafts
 
