@@ -73,7 +73,7 @@ def test_one_server() -> None:
     }
     [found] = document["servers"]
     assert (found["name"], found["model"], found["reference"]) == (f"127.0.0.1:{server.port}", "demo", False)
-    assert (found["ratios"], found["agreement"], found["version"]) == (None, None, None)
+    assert (found["ratios"], found["agreement"], found["version"], found["body"]) == (None, None, None, {})
     assert len(found["alternations"]) == 2
     for figures in found["alternations"]:
         counts = ("requests", "failed", "output_tokens", "prompt_tokens", "cached_tokens", "chunks", "short_answers")
@@ -131,7 +131,7 @@ def test_servers_take_turns_and_get_the_same_prompts() -> None:
     assert table.exit_code == 0
     assert "ours / theirs" in table.stdout
     assert (
-        "ours: 0 of 2 greedy outputs are identical to theirs's; the first that differs: alternation 0, request 0, "
+        "ours: 0 of 2 outputs are identical to theirs's; the first that differs: alternation 0, request 0, "
         "after 6 equal characters of 8 and 8\n"
     ) in table.stdout
     assert "prompt:" not in table.stdout
@@ -365,6 +365,9 @@ def test_an_unreachable_server() -> None:
         (["--url", "http://a", "--url", "http://b", "--name", "x"], "there are 2 --url and 1 --name"),
         (["--url", "http://a", "--url", "http://a"], "two servers have the same name"),
         (["--url", "http://a", "--model", "x", "--model", "y"], "there are 1 --url and 2 --model"),
+        (["--body", "[1]"], "--body is no JSON object, nor @FILE with one: Expected `object`, got `array`"),
+        (["--body", "@/nowhere"], "--body is no JSON object, nor @FILE with one: [Errno 2]"),
+        (["--body", '{"max_tokens": 3}'], "--body cannot set 'max_tokens': give it with --max-tokens"),
         (["--requests", "0"], "Invalid value for '--requests'"),
         (["--workload", "x"], "Invalid value for '--workload'"),
     ],

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from inferflux_core.engine.client import PROGRESS_SECONDS, EngineClient, EngineState, OutputStream, WaitingLine
-from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.types import EngineOutput, EngineRequest, EngineStats, FinishReason
 from inferflux_core.errors import EngineRestartedError, ModelFileError, ModelLoadingError, OverloadedError
 from inferflux_core.interfaces import EngineConfig, ModelFiles

@@ -18,7 +18,7 @@ from inferflux_core.access.limits.quotas import Demand, Lease, Limiter, LimitRul
 from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.client import EngineClient
 from inferflux_core.engine.inprocess import InProcessEngineClient
-from inferflux_core.engine.loop import EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.types import EngineRequest
 from inferflux_core.errors import AccessUnavailableError, RateLimitError, RequestError
 from inferflux_core.identity import Principal

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 import uvicorn
@@ -25,10 +25,12 @@ from inferflux_core.serving.generation import (
     Event,
     GenerationRequest,
     Prompt,
+    ReasoningOptions,
     RequestContext,
     Started,
     TokenEntry,
     TokenText,
+    ToolRequest,
     Usage,
 )
 from inferflux_core.serving.services import ModelView, ServerState, Services
@@ -133,8 +135,15 @@ class FakeModels:
         text = self.render_chat(view, prompt) if isinstance(prompt, ChatPrompt) else prompt
         return view.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
 
+    def chat_prompt(
+        self, view: ModelView, prompt: ChatPrompt, tools: ToolRequest | None, reasoning: ReasoningOptions
+    ) -> ChatPrompt:
+        shown = None if tools is None else [{"type": "function", "function": {"name": f.name}} for f in tools.functions]
+        return replace(prompt, tools=shown)
+
     def render_chat(self, view: ModelView, prompt: ChatPrompt) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in prompt.messages)
+        names = "".join(f"[{tool['function']['name']}]" for tool in prompt.tools or ())
+        return names + "".join(f"<{message['role']}>{message['content']}" for message in prompt.messages)
 
 
 @dataclass

@@ -22,6 +22,7 @@ HELP = '''\
 /clear             forget the conversation; system text and settings stay
 /save FILE         write the conversation to a file
 /load FILE         go on with a saved conversation
+/thoughts [on|off] show or hide what a reasoning model thinks before it answers; it is no part of the conversation
 /tokens            tokens used so far
 /bye, /exit        leave (also Ctrl-D)
 Alt-Enter, a backslash at the end of a line, or """ around a block make longer messages.
@@ -63,6 +64,7 @@ class Chat:
         self._read_line = read_line
         self._failed: str | None = None  # the message whose answer failed, for /retry
         self._tally = TokenTally()
+        self._shows_thoughts = True
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: self._say(HELP),
             "/model": self._model,
@@ -72,6 +74,7 @@ class Chat:
             "/clear": self._clear,
             "/save": self._save,
             "/load": self._load,
+            "/thoughts": self._thoughts,
             "/tokens": lambda _: self._say(str(self._tally)),
         }
 
@@ -119,6 +122,8 @@ class Chat:
         conversation = self._conversation
         question = Message("user", text)
         answer: list[str] = []
+        shown = False  # anything of thoughts or answer
+        thinking = False  # thoughts were written, and no answer behind them
         usage: Usage | None = None
         reason: str | None = None
         try:
@@ -126,13 +131,20 @@ class Chat:
             settings = conversation.settings.as_dict()
             with closing(self._client.chat(conversation.model, messages, **settings)) as parts:
                 for part in parts:
-                    answer.append(part.text)
-                    self._write(part.text)
+                    if part.reasoning and self._shows_thoughts:
+                        thinking = shown = True
+                        self._write_dim(part.reasoning)
+                    if part.text:
+                        answer.append(part.text)
+                        if thinking:
+                            self._write("\n\n")
+                        thinking, shown = False, True
+                        self._write(part.text)
                     usage = part.usage or usage
                     reason = part.finish_reason or reason
         except ApiError as error:
             self._failed = text
-            self._say(("\n" if any(answer) else "") + f"error: {error}")
+            self._say(("\n" if shown else "") + f"error: {error}")
             return False
         except KeyboardInterrupt:  # leaving the stream closed the connection: the server stops too
             reason = "stopped"
@@ -140,7 +152,7 @@ class Chat:
         self._tally.add(usage)
         content = "".join(answer)
         if not content and reason == "stopped":
-            self._say("(stopped before the answer began; the message is not kept)")
+            self._say(("\n" if shown else "") + "(stopped before the answer began; the message is not kept)")
             return False
         conversation.messages += [question, Message("assistant", content)]
         note = {"stopped": "(stopped)", "length": "(the limit of tokens is reached; /set max_tokens changes it)"}
@@ -186,6 +198,13 @@ class Chat:
         for name, setting in self._conversation.settings.as_dict().items():
             self._say(f"{name} = {'default' if setting is None else setting}")
 
+    def _thoughts(self, argument: str) -> None:
+        if argument not in ("", "on", "off"):
+            raise ValueError(f"/thoughts cannot be {argument!r}. It is on or off")
+        if argument:
+            self._shows_thoughts = argument == "on"
+        self._say(f"thoughts are {'shown' if self._shows_thoughts else 'hidden'}")
+
     def _clear(self, _: str) -> None:
         self._conversation.messages.clear()
         self._failed = None
@@ -206,6 +225,12 @@ class Chat:
     def _say(self, text: str) -> None:
         self._write(text + "\n")
 
+    def _write_dim(self, text: str) -> None:
+        """Writes thoughts: at a terminal in faint letters. Each piece is whole, so that Ctrl-C leaves no faint terminal."""
+        text = printable(text)
+        sys.stdout.write(f"\x1b[2m{text}\x1b[22m" if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
     @staticmethod
     def _write(text: str) -> None:
         sys.stdout.write(printable(text))
@@ -218,5 +243,5 @@ def _file_argument(command: str, name: str) -> Path:
     return Path(name).expanduser()
 
 
-COMMANDS = ("/help", "/model", "/system", "/set", "/retry", "/clear", "/save", "/load", "/tokens", "/bye", "/exit")
+COMMANDS = ("/help", "/model", "/system", "/set", "/retry", "/clear", "/save", "/load", "/thoughts", "/tokens", "/bye", "/exit")
 """Every command, for completion at the prompt."""

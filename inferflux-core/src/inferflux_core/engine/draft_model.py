@@ -19,7 +19,7 @@ _MOST_MISSING = 32
 
 
 def make(settings: NoSettings, context: ProposerContext) -> Proposer:
-    """Load the draft model that the configuration names, and warm it up.
+    """Load the draft model that the configuration names.
 
     Raises:
         ConfigError: none is named.
@@ -41,7 +41,6 @@ def make(settings: NoSettings, context: ProposerContext) -> Proposer:
             target_name="the model that it drafts for",
             sizes=(info.vocab_size, context.model_info.vocab_size),
         )
-        draft.runner.warm_up()
     except BaseException:
         draft.runner.close()
         raise
@@ -207,7 +206,7 @@ class DraftModelProposer(Proposer):
         start = match.num_tokens if request.slot is None else follower.start
         n = min(num_tokens - start, self._max_tokens - plan.num_tokens)
         size = self._kv.block_size
-        if n >= size:
+        if num_tokens - start >= size:
             block = request.block_hashes(size)[start // size]
             if block in reading:
                 return False

@@ -4,14 +4,18 @@ A draw is `argmax(logits / T + g)` over the tokens that survive the filters, wit
 token). No state is carried from draw to draw, so the same seed gives the same text whatever else is in the batch, however
 the prompt was chunked, and after a preemption.
 
-Order, as in vLLM: banned tokens and logit_bias; penalties; temperature; top_k; top_p; min_p; draw.
+Order, as in vLLM: mask; banned tokens and logit_bias; penalties; temperature; top_k; top_p; min_p; draw.
+
+A mask is the word of a grammar, so nothing comes before it: the draw is among its tokens, whatever a bias or broken logits
+say, and bans that would leave none of them do not count.
 
 A model that went numerically wrong harms its own sequence only: NaN is an impossible token, +inf a certain one, and if no
-token is possible all are equal.
+token is possible all are equal; of a mask, all that it permits and no ban forbids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +26,7 @@ from inferflux_core.engine.types import SamplingParams, SequenceInit, TokenLogpr
 
 Logits = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
+Words = npt.NDArray[np.int32]
 
 # Lower temperatures are greedy: dividing by them overflows long before it changes a draw.
 _LEAST_TEMPERATURE = 1e-5
@@ -29,6 +34,8 @@ _LEAST_TEMPERATURE = 1e-5
 _TOP_P_WINDOW = 256
 # Noise for more candidates than this is computed for all token ids up to the largest.
 _DENSE = 2048
+# A mask with bits in more words than this is applied to the whole vocabulary, which then costs less than picking its tokens.
+_MANY_WORDS = 128
 
 _PHILOX_M0, _PHILOX_M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
@@ -118,44 +125,113 @@ class Sampler:
         """The slot's sequence is gone."""
         self._sequences.pop(slot, None)
 
-    def sample(self, slot: int, position: int, logits: Logits) -> tuple[int, TokenLogprobs | None]:
+    def sample(self, slot: int, position: int, logits: Logits, mask: Words | None = None) -> tuple[int, TokenLogprobs | None]:
         """Draw the token at `position` from the logits of the position before it.
 
         Args:
             slot: whose parameters and history to use.
             position: index of the new token in the sequence; part of the noise's key.
             logits: [vocab_size], float32; not modified.
+            mask: [(vocab_size + 31) // 32], the tokens that may be drawn, as in `GrammarMask`; None for any.
         """
         sequence = self._sequences[slot]
         params = sequence.params
         with np.errstate(over="ignore", invalid="ignore"):
-            adjusted = self._adjust(sequence, logits)
-            token = int(adjusted.argmax())
-            if not np.isfinite(adjusted[token]):
-                adjusted = _drawable(adjusted)
-                token = int(adjusted.argmax())
-            if params.temperature >= _LEAST_TEMPERATURE:
-                token = self._draw(params, position, adjusted, adjusted[token])
+            token = None if mask is None else self._likely(sequence, logits, mask)
+            if token is None:
+                permitted = None if mask is None else permitted_ids(mask, self._vocab_size)
+                token = self._token(sequence, position, logits, permitted)
             sequence.num_output += 1
             sequence.output_counts[token] = sequence.output_counts.get(token, 0) + 1
             return token, None if params.logprobs is None else self._logprobs(logits, token, params.logprobs)
 
-    def _adjust(self, sequence: _Sequence, logits: Logits) -> Logits:
-        """Bans, bias and penalties; returns the input itself when there is nothing to do."""
+    def sample_row(
+        self,
+        slot: int,
+        position: int,
+        logits: Sequence[Logits],
+        draft: Sequence[int] = (),
+        masks: Words | None = None,
+    ) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """Draw tokens from `position` on until one differs from the draft at its place: accepted drafts and one token more.
+
+        The tokens are those that `sample` would draw one by one: each has the noise of its own position.
+
+        Args:
+            logits: of the len(draft) + 1 positions before these tokens.
+            masks: [len(draft) + 1, words]; None for no mask.
+
+        Returns:
+            The tokens, and their log-probabilities if the sequence wants them.
+        """
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for i, row in enumerate(logits):
+            token, entry = self.sample(slot, position + i, row, None if masks is None else masks[i])
+            tokens.append(token)
+            if entry is not None:
+                logprobs.append(entry)
+            if i >= len(draft) or token != draft[i]:
+                break
+        return tokens, None if self._sequences[slot].params.logprobs is None else logprobs
+
+    def _token(self, sequence: _Sequence, position: int, logits: Logits, permitted: TokenIds | None) -> int:
         params = sequence.params
-        too_short = sequence.num_output < params.min_tokens
-        ban_eos = params.ignore_eos or too_short
+        if permitted is not None:
+            permitted = self._not_banned(sequence, permitted)
+            if len(permitted) == 1:
+                return int(permitted[0])
+        adjusted = self._adjust(sequence, logits, permitted)
+        best = int(adjusted.argmax())
+        if not np.isfinite(adjusted[best]):
+            adjusted = _drawable(adjusted)
+            best = int(adjusted.argmax())
+        if params.temperature >= _LEAST_TEMPERATURE:
+            best = self._draw(params, position, adjusted, adjusted[best], permitted)
+        return best if permitted is None else int(permitted[best])
+
+    def _likely(self, sequence: _Sequence, logits: Logits, mask: Words) -> int | None:
+        """The most likely token, where it is plain that it is drawn: greedy, permitted, and nothing changes logits."""
+        params = sequence.params
+        if params.temperature >= _LEAST_TEMPERATURE or params.is_penalised or params.logit_bias:
+            return None
+        if self._banned(sequence) is not None:
+            return None
+        token = int(logits.argmax())
+        return token if np.isfinite(logits[token]) and int(mask[token // 32]) >> token % 32 & 1 else None
+
+    def _banned(self, sequence: _Sequence) -> TokenIds | None:
+        params = sequence.params
+        if sequence.num_output < params.min_tokens:
+            return np.union1d(self._eos, np.fromiter(params.stop_token_ids, dtype=np.int64))
+        return self._eos if params.ignore_eos else None
+
+    def _not_banned(self, sequence: _Sequence, permitted: TokenIds) -> TokenIds:
+        """What is left of the permitted tokens; all of them where bans would leave none."""
+        banned = self._banned(sequence)
+        if banned is None:
+            return permitted
+        places = np.searchsorted(permitted, banned)
+        places = places[(places < len(permitted)) & (permitted[np.minimum(places, len(permitted) - 1)] == banned)]
+        return np.delete(permitted, places) if len(places) < len(permitted) else permitted
+
+    def _adjust(self, sequence: _Sequence, logits: Logits, permitted: TokenIds | None) -> Logits:
+        """Bias and penalties, and bans where there is no mask; of the permitted tokens only, in their order.
+
+        Returns the input itself when there is nothing to do.
+        """
+        params = sequence.params
+        banned = self._banned(sequence) if permitted is None else None
         repetition = params.repetition_penalty != 1.0
         counted = params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
-        if not (ban_eos or repetition or counted or sequence.bias_ids is not None):
-            return logits
+        bias_ids, bias_values = sequence.bias_ids, sequence.bias_values
+        if banned is None and not (repetition or counted or bias_ids is not None):
+            return logits if permitted is None else logits[permitted]
         logits = logits.copy()
-        if sequence.bias_ids is not None and sequence.bias_values is not None:
-            logits[sequence.bias_ids] += sequence.bias_values
-        if ban_eos:
-            logits[self._eos] = -np.inf
-        if too_short and params.stop_token_ids:
-            logits[list(params.stop_token_ids)] = -np.inf
+        if bias_ids is not None and bias_values is not None:
+            logits[bias_ids] += bias_values
+        if banned is not None:
+            logits[banned] = -np.inf
         if repetition or (counted and sequence.output_counts):
             output_ids = np.fromiter(sequence.output_counts.keys(), dtype=np.int64)
         if repetition:
@@ -167,18 +243,22 @@ class Sampler:
         if counted and sequence.output_counts:
             counts = np.fromiter(sequence.output_counts.values(), dtype=np.float32)
             logits[output_ids] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
-        return logits
+        return logits if permitted is None else logits[permitted]
 
-    def _draw(self, params: SamplingParams, position: int, logits: Logits, highest: np.float32) -> int:
-        ids, scaled = self._filter(params, logits, highest)
-        return int(ids[int((scaled + gumbel_noise(params.seed, position, ids)).argmax())])
+    def _draw(
+        self, params: SamplingParams, position: int, logits: Logits, highest: np.float32, permitted: TokenIds | None
+    ) -> int:
+        """Index of the logit that wins."""
+        kept, scaled = self._filter(params, logits, highest)
+        noise = gumbel_noise(params.seed, position, kept if permitted is None else permitted[kept])
+        return int(kept[int((scaled + noise).argmax())])
 
     def _filter(self, params: SamplingParams, logits: Logits, highest: np.float32) -> tuple[TokenIds, Logits]:
-        """Candidates and their logits / temperature; ties at a threshold are kept."""
+        """Indices of candidates and their logits / temperature; ties at a threshold are kept."""
         # Shifted first: a tiny temperature would overflow otherwise, and inf - inf is no number.
         scaled = (logits - highest) / np.float32(params.temperature)
         keep: Any = np.isfinite(scaled)
-        if 0 < params.top_k < self._vocab_size:
+        if 0 < params.top_k < len(scaled):
             keep &= scaled >= np.partition(scaled, -params.top_k)[-params.top_k]
         if params.top_p < 1.0:
             keep &= scaled >= self._top_p_threshold(scaled[keep], params.top_p)
@@ -215,6 +295,26 @@ class Sampler:
             ids = ids[np.argsort(-logits[ids], kind="stable")][:count]
         top = [(int(i), float(relative[i]) - normaliser) for i in ids]
         return TokenLogprobs(float(relative[token]) - normaliser, top)
+
+
+def permitted_ids(mask: Words, vocab_size: int) -> TokenIds:
+    """Ascending ids of the tokens that a mask permits.
+
+    Raises:
+        ValueError: there are none. Nothing can be drawn then, and to draw anything all the same would break a promise.
+    """
+    words = np.flatnonzero(mask)
+    if len(words) > _MANY_WORDS:
+        bits = np.unpackbits(np.ascontiguousarray(mask, dtype="<i4").view(np.uint8), count=vocab_size, bitorder="little")
+        return np.flatnonzero(bits.view(np.bool_))
+    used = np.ascontiguousarray(mask[words], dtype="<i4").view(np.uint8).reshape(len(words), 4)
+    index, bit = np.nonzero(np.unpackbits(used, axis=1, bitorder="little"))
+    ids = words[index] * 32 + bit
+    if len(ids) and ids[-1] >= vocab_size:
+        ids = ids[ids < vocab_size]
+    if not len(ids):
+        raise ValueError("a mask permits no token")
+    return ids
 
 
 def _drawable(logits: Logits) -> Logits:

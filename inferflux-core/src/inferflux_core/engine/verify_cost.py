@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 
 from inferflux_core.engine.types import KVOps, PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit, SequenceOps
@@ -15,6 +16,7 @@ from inferflux_core.interfaces import ModelRunner
 
 _CONTEXT = 64  # tokens before those that are verified while measuring
 _REPEATS = 3
+_MOST_SECONDS = 2.0
 _LEARN = 0.1  # weight of a new observation
 _RELAX = 0.01  # how fast what was not observed for long follows what is
 
@@ -80,12 +82,16 @@ def measure(runner: ModelRunner, max_draft: int) -> VerifyCost:
     milliseconds = [float("inf")] * len(sizes)
     context = [1 + i % (runner.model_info.vocab_size - 1) for i in range(_CONTEXT + sizes[-1])]
     _step(runner, context[:_CONTEXT], 0, _room(runner, len(context)), 0, first=True)
+    began = time.monotonic()
     for repeat in range(_REPEATS):
         for i, size in enumerate(sizes):
+            if time.monotonic() - began > _MOST_SECONDS and (repeat or i > 1):
+                break  # a large model: what is missing is concluded from what there is, and learnt while serving
             tokens = context[_CONTEXT : _CONTEXT + size]
             taken = _step(runner, tokens, _CONTEXT, _again(runner), 1 + repeat)
             milliseconds[i] = min(milliseconds[i], taken)
-    return VerifyCost(sizes, milliseconds)
+    known = [(size, taken) for size, taken in zip(sizes, milliseconds, strict=True) if taken < float("inf")]
+    return VerifyCost([size for size, _ in known], [taken for _, taken in known])
 
 
 def _sizes(most: int) -> Iterator[int]:

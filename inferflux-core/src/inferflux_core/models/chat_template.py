@@ -5,6 +5,7 @@ There is no default template: guessing one gives a model that talks nonsense wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from inferflux_core.errors import InvalidRequestError, ModelFileError
@@ -16,7 +17,8 @@ __all__ = ["ChatTemplate", "Prompt", "Segment"]
 _MAX_SOURCE = 1 << 20  # characters; the longest published templates have some 20,000
 _MAX_SPECIAL = 512  # characters of one control token; bounds what a placeholder may grow to
 _MAX_MESSAGE = 200  # characters of a template's own error message
-_OWN_NAMES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+OWN_NAMES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables that every template is given, and that nobody else may set."""
 
 
 class ChatTemplate:
@@ -33,6 +35,9 @@ class ChatTemplate:
         special_tokens: texts that the tokenizer reads as control tokens.
         seconds: CPU time that one render may take.
 
+    Attributes:
+        variables: what requests may set: the names that the template reads and that are not given to it anyway.
+
     Raises:
         ModelFileError: the template does not compile, or its process cannot be started.
     """
@@ -47,9 +52,22 @@ class ChatTemplate:
                 f"the vocabulary has a control token of {longest} characters, more than {_MAX_SPECIAL}; it is damaged"
             )
         self._special = SpecialTokens(special_tokens)
+        self._source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._reserved = frozenset(PRIVATE_USE.findall("".join([source, bos_token, eos_token, *special_tokens])))
         self._renderer = Renderer(source, seconds=seconds)
+        # After the line above, which compiled it under limits: what follows does no more than that did.
+        self.variables = _variables(source)
+
+    def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises InvalidRequestError if a request sets variables that are not its own to set, or that the template ignores."""
+        if unknown := sorted(set(kwargs) - self.variables):
+            known = ", ".join(map(repr, sorted(self.variables))) or "none"
+            raise InvalidRequestError(
+                f"chat_template_kwargs cannot set {', '.join(repr(name[:64]) for name in unknown[:8])}; variables of this "
+                f"model's chat template that a request may set: {known[:500]}",
+                param="chat_template_kwargs",
+            )
 
     def render(
         self,
@@ -64,13 +82,13 @@ class ChatTemplate:
         Args:
             add_generation_prompt: end with the beginning of the assistant's turn.
             tools: function definitions as OpenAI writes them.
-            kwargs: further variables, from the administrator's allow-list.
+            kwargs: further variables.
 
         Raises:
             InvalidRequestError: the template refused the messages, failed on them, or hit a limit.
             OverloadedError: earlier renders of this template take too long.
         """
-        if taken := sorted(set(kwargs).intersection(_OWN_NAMES)):
+        if taken := sorted(set(kwargs).intersection(OWN_NAMES)):
             raise InvalidRequestError(
                 f"chat_template_kwargs cannot set {', '.join(taken)}; remove it", param="chat_template_kwargs"
             )
@@ -96,3 +114,17 @@ class ChatTemplate:
     def close(self) -> None:
         """End the template's process. The template is not used again."""
         self._renderer.close()
+
+
+def _variables(source: str) -> frozenset[str]:
+    """Names that a template reads, its own loop variables included, which it does no harm to set."""
+    from jinja2 import TemplateError, nodes
+
+    from inferflux_core.models.template_worker import environment
+
+    jinja = environment()
+    try:
+        names = {node.name for node in jinja.parse(source).find_all(nodes.Name) if node.ctx == "load"}
+    except (TemplateError, RecursionError):  # too deep for this process's stack, say
+        return frozenset()
+    return frozenset(names.difference(jinja.globals, OWN_NAMES))

@@ -21,9 +21,11 @@ from inferflux_core.errors import (
 from inferflux_core.interfaces import Tokenizer
 from inferflux_core.models.model_loader import EngineFactory, ModelLoader
 from inferflux_core.models.prompts import ChatPrompt, Prompt
+from inferflux_core.models.reasoning.options import ReasoningOptions
 from inferflux_core.models.routing import Routing
 from inferflux_core.models.served_model import RETRY_SECONDS, ServedModel
 from inferflux_core.models.sources import HUB_PREFIX
+from inferflux_core.models.tool_calls.calls import ToolRequest
 from inferflux_core.plugins import PluginRegistry
 from inferflux_core.setting_paths import is_path
 from inferflux_core.settings import ModelSettings, Settings
@@ -293,18 +295,23 @@ class ModelManager:
 
     @staticmethod
     def _render(view: ServedModel, prompt: ChatPrompt) -> Segments:
-        view.ready_tokenizer()
-        if view.template is None:
-            raise InvalidRequestError(
-                f"The model {view.name!r} has no chat template; use /v1/completions, or set `chat_template` of the model.",
-                param="messages",
-            )
-        return view.template.render(
+        return view.ready_chat().template.render(
             [dict(message) for message in prompt.messages],
             add_generation_prompt=prompt.add_generation_prompt,
             tools=None if prompt.tools is None else [dict(tool) for tool in prompt.tools],
             **prompt.template_kwargs,
         )
+
+    def chat_prompt(
+        self, view: ServedModel, prompt: ChatPrompt, tools: ToolRequest | None, reasoning: ReasoningOptions
+    ) -> ChatPrompt:
+        """A conversation as the model's chat template wants it, with tools and what was said of thoughts.
+
+        Raises:
+            ModelLoadingError: the model is not there yet.
+            InvalidRequestError: there is no template, it does not know a variable of the request, or the model calls no tools.
+        """
+        return view.ready_chat().prompt(prompt, tools, reasoning)
 
     def list(self) -> Sequence[ServedModel]:
         """All of them, in the order of the configuration, then in that of loading."""

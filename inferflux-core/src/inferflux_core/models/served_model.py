@@ -6,10 +6,11 @@ import asyncio
 import time
 
 from inferflux_core.engine.client import EngineClient, EngineState
+from inferflux_core.engine.engine_spec import SpeculativeSpec
 from inferflux_core.engine.types import EngineStats
-from inferflux_core.errors import ModelLoadingError
+from inferflux_core.errors import InvalidRequestError, ModelLoadingError
 from inferflux_core.interfaces import ModelFiles, Tokenizer
-from inferflux_core.models.chat_template import ChatTemplate
+from inferflux_core.models.chat_format import ChatFormat
 from inferflux_core.settings import ModelSettings
 
 UNLOADING = "unloading"
@@ -22,6 +23,7 @@ class ServedModel:
     """What is known of a model, and the parts that serve it.
 
     Attributes:
+        chat: how it is talked with; None before it is loaded, and for a model without a chat template.
         unloading: it takes no more requests; its engine ends when those it has are done, or when their time is up.
     """
 
@@ -33,9 +35,10 @@ class ServedModel:
         self.created = int(time.time())
         self.backend = settings.backend
         self.files: ModelFiles | None = None
+        self.speculative = SpeculativeSpec()
         self.engine: EngineClient | None = None
         self.tokenizer: Tokenizer | None = None
-        self.template: ChatTemplate | None = None
+        self.chat: ChatFormat | None = None
         self.fingerprint = "fp_inferflux"
         self.unloading = False
         self._failure: str | None = None
@@ -69,7 +72,10 @@ class ServedModel:
     @property
     def details(self) -> dict[str, str]:
         info = None if self.engine is None else self.engine.model_info
-        return {} if info is None else dict(info.details)
+        if info is None:
+            return {}
+        formats = () if self.chat is None else (("tool_parser", self.chat.tools), ("reasoning_parser", self.chat.reasoning))
+        return {**info.details, **{key: format.name for key, format in formats if format is not None}}
 
     @property
     def restarts(self) -> int:
@@ -109,10 +115,20 @@ class ServedModel:
             raise ModelLoadingError(f"The model {self.name!r} is not loaded. Please retry later.", retry_after=RETRY_SECONDS)
         return self.tokenizer
 
+    def ready_chat(self) -> ChatFormat:
+        """Raises ModelLoadingError before it is loaded, and InvalidRequestError if it has no chat template."""
+        self.ready_tokenizer()
+        if self.chat is None:
+            raise InvalidRequestError(
+                f"The model {self.name!r} has no chat template; use /v1/completions, or set `chat_template` of the model.",
+                param="messages",
+            )
+        return self.chat
+
     async def end(self) -> None:
         """End the engine and the template's process. Requests still running fail with ModelLoadingError."""
         if self.engine is not None:
             await self.engine.stop()
-        if self.template is not None:
-            template, self.template = self.template, None
-            await asyncio.to_thread(template.close)
+        if self.chat is not None:
+            chat, self.chat = self.chat, None
+            await asyncio.to_thread(chat.template.close)

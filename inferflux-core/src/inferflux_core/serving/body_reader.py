@@ -31,6 +31,7 @@ class BodyReader:
     """Reads the JSON bodies of one group of routes."""
 
     def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
         self._max_bytes = settings.max_body_bytes
         self._max_depth = settings.max_json_depth
         self._unknown_fields = UnknownFields()
@@ -39,7 +40,8 @@ class BodyReader:
         """Read, parse and validate the JSON body of a request.
 
         Args:
-            model: pydantic model of the body; fields it does not have are ignored, with a line in the log.
+            model: pydantic model of the body; fields it does not have are ignored, with a line in the log. Its validators get
+                the server's settings as their context.
 
         Raises:
             HTTPException: 415, the body is not announced as plain `application/json`.
@@ -59,7 +61,7 @@ class BodyReader:
     def _parse(self, body: bytes, model: type[ModelT]) -> ModelT:
         document = parse_object(body, self._max_depth)
         try:
-            result = model.model_validate(document)
+            result = model.model_validate(document, context=self._settings)
         except ValidationError as error:
             raise first_error(error) from None
         self._unknown_fields.note(model, document)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 
 from inferflux_core.access.admission import Admitted
 from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.client import EngineClient, OutputStream
-from inferflux_core.engine.types import EngineOutput, EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from inferflux_core.engine.types import EngineOutput, EngineRequest, FinishReason
 from inferflux_core.errors import (
     ContextLengthExceededError,
     DrainingError,
@@ -28,9 +26,15 @@ from inferflux_core.errors import (
     UnavailableError,
 )
 from inferflux_core.interfaces import Tokenizer
-from inferflux_core.models.detokenizer import Detokenizer
+from inferflux_core.models.chat_format import ChatFormat
 from inferflux_core.models.manager import ModelManager, ServedModel
+from inferflux_core.models.output_parser import OutputParser
+from inferflux_core.models.reasoning.formats import opens_thoughts
+from inferflux_core.models.reasoning.splitter import ThoughtSplitter
+from inferflux_core.serving.choice import Choice, joined
+from inferflux_core.serving.engine_requests import TokenisedPrompt, engine_requests
 from inferflux_core.serving.generation import (
+    ChatPrompt,
     Delta,
     Done,
     Event,
@@ -39,62 +43,38 @@ from inferflux_core.serving.generation import (
     Prompt,
     RequestContext,
     Started,
-    TokenEntry,
-    TokenText,
     Usage,
 )
+from inferflux_core.serving.grammars import RequestGrammars
 from inferflux_core.serving.observer import Observer
 from inferflux_core.serving.request_facts import MAX_BYTES_PER_TOKEN, parameter_digest, prompt_size, prompt_texts
 from inferflux_core.serving.services import ServerState
+from inferflux_core.settings import StructuredOutputSettings
 from inferflux_core.telemetry.metrics import Metrics
 
-
-class _Choice:
-    """One choice on its way: its detokenizer and what it has generated."""
-
-    __slots__ = ("detokenizer", "finish_reason", "index", "num_cached", "num_generated", "request_id", "tokenizer")
-
-    def __init__(self, index: int, request_id: str, request: GenerationRequest, tokenizer: Tokenizer) -> None:
-        self.index = index
-        self.request_id = request_id
-        self.tokenizer = tokenizer
-        self.detokenizer = Detokenizer(tokenizer, request.stop, request.skip_special_tokens)
-        self.finish_reason: str | None = None
-        self.num_generated = 0
-        self.num_cached = 0
-
-    def take(self, output: EngineOutput) -> Delta:
-        """Text of an engine output; with a finish reason, also when it was a stop string that ended the choice."""
-        text = self.detokenizer.push(output.token_ids)
-        self.num_generated = output.num_generated
-        self.num_cached = output.num_cached_tokens
-        if self.detokenizer.stopped:
-            self.finish_reason = FinishReason.STOP
-        elif output.finish_reason is not None:
-            text += self.detokenizer.finish()
-            self.finish_reason = FinishReason.STOP if self.detokenizer.stopped else output.finish_reason
-        tokens = None
-        if output.logprobs is not None:
-            tokens = [self._entry(t, lp) for t, lp in zip(output.token_ids, output.logprobs, strict=True)]
-        return Delta(self.index, text, tokens, self.finish_reason)
-
-    def _entry(self, token: int, logprobs: TokenLogprobs) -> TokenEntry:
-        return TokenEntry(self._text(token, logprobs.logprob), [self._text(other, logprob) for other, logprob in logprobs.top])
-
-    def _text(self, token: int, logprob: float) -> TokenText:
-        data = self.tokenizer.token_bytes(token, special=True)
-        return TokenText(data.decode("utf-8", "replace"), data, logprob)
+_TAIL_TOKENS = 32  # of a prompt: more than any tag that may end it
 
 
 class Pipeline:
-    """Answers requests with the loaded models."""
+    """Answers requests with the loaded models.
 
-    def __init__(self, models: ModelManager, access: AccessServices, metrics: Metrics, state: ServerState) -> None:
+    Args:
+        grammars: makes what answers are held to; without it none is held to anything, and requests for that are refused.
+    """
+
+    def __init__(
+        self,
+        models: ModelManager,
+        access: AccessServices,
+        metrics: Metrics,
+        state: ServerState,
+        grammars: RequestGrammars | None = None,
+    ) -> None:
         self._models = models
+        self._grammars = grammars or RequestGrammars(StructuredOutputSettings(enabled=False), None)
         self._access = access
         self._metrics = metrics
         self._state = state
-        self._ids = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
         self._running = 0
@@ -145,13 +125,20 @@ class Pipeline:
             engine = model.ready_engine()
             tokenizer = model.ready_tokenizer()
             await self._describe(request, outcome)
-            prompts = [await self._tokenize(model, request, prompt) for prompt in request.prompts]
-            engine_requests = self._engine_requests(context, request, admitted, model, prompts)
-            await self._reserve(context, admitted, prompts, engine_requests)
+            chat = model.chat if isinstance(request.prompts[0], ChatPrompt) else None
+            tenant = context.cache_tenant or context.principal.tenant
+            grammar = await self._grammars.of(request, chat, tokenizer, tenant)
+            prompts = [await self._prompt(model, chat, request, prompt, grammar) for prompt in request.prompts]
+            sequences = engine_requests(context, request, admitted, tokenizer, model.max_model_len or 0, prompts)
+            await self._reserve(context, admitted, prompts, sequences)
             used_tokens = outcome.prompt_tokens = sum(map(len, prompts))
-            choices = {r.request_id: _Choice(i, r.request_id, request, tokenizer) for i, r in enumerate(engine_requests)}
+            choices = {}
+            for index, sequence in enumerate(sequences):
+                parser = _parser(request, chat, tokenizer, prompts[index // request.n].opens_thoughts)
+                shows = request.reasoning.include
+                choices[sequence.request_id] = Choice(index, sequence.request_id, tokenizer, parser, shows_thoughts=shows)
             try:
-                events = self._run(context, request, engine, engine_requests, choices, prompts, observer)
+                events = self._run(context, request, engine, sequences, choices, prompts, observer)
                 async with contextlib.aclosing(events):
                     async for event in events:
                         yield event
@@ -167,7 +154,11 @@ class Pipeline:
             await admitted.settle(used_tokens + outcome.output_tokens)
 
     async def _reserve(
-        self, context: RequestContext, admitted: Admitted, prompts: Sequence[list[int]], requests: Sequence[EngineRequest]
+        self,
+        context: RequestContext,
+        admitted: Admitted,
+        prompts: Sequence[TokenisedPrompt],
+        requests: Sequence[EngineRequest],
     ) -> None:
         await admitted.reserve(sum(map(len, prompts)), max(r.params.max_tokens for r in requests))
         context.reply_headers |= admitted.headers
@@ -187,9 +178,9 @@ class Pipeline:
         context: RequestContext,
         request: GenerationRequest,
         engine: EngineClient,
-        engine_requests: list[EngineRequest],
-        choices: dict[str, _Choice],
-        prompts: Sequence[list[int]],
+        sequences: list[EngineRequest],
+        choices: dict[str, Choice],
+        prompts: Sequence[TokenisedPrompt],
         observer: Observer,
     ) -> AsyncGenerator[Event, None]:
         stream = OutputStream()
@@ -199,17 +190,17 @@ class Pipeline:
             RequestTimeoutError("The request took too long and was ended. Ask for fewer tokens or retry later."),
         )
         try:
-            self._submit(engine, engine_requests, stream)
+            self._submit(engine, sequences, stream)
             remaining = len(choices)
             outputs = await stream.get()
-            tokenizer = next(iter(choices.values())).tokenizer
             outcome = context.outcome
+            tokenizer = choices[sequences[0].request_id].tokenizer
             yield Started(outcome.model, outcome.fingerprint, self._prompt_texts(request, prompts, tokenizer))
             while True:
                 observer.outputs_arrived(stream)
-                for delta in self._deltas(engine, choices, outputs):
+                for delta in self._deltas(engine, request, choices, outputs):
                     remaining -= delta.finish_reason is not None
-                    if delta.text or delta.tokens or delta.finish_reason is not None:
+                    if delta.text or delta.tokens or delta.finish_reason is not None or delta.reasoning or delta.calls:
                         yield delta
                 if not remaining:
                     break
@@ -232,123 +223,89 @@ class Pipeline:
 
     # --- before -------------------------------------------------------------------------------------------------------
 
-    async def _tokenize(self, model: ServedModel, request: GenerationRequest, prompt: Prompt) -> list[int]:
+    async def _prompt(
+        self, model: ServedModel, chat: ChatFormat | None, request: GenerationRequest, prompt: Prompt, grammar: str
+    ) -> TokenisedPrompt:
         limit = model.max_model_len or 0
-        size = prompt_size(prompt)
+        size = prompt_size(prompt, request.tools)
         if size > limit * MAX_BYTES_PER_TOKEN:
             raise ContextLengthExceededError(
                 f"This model's maximum context length is {limit} tokens. Your input of {size} characters is longer than "
                 f"that in any wording. Please shorten it.",
                 param=request.prompt_param,
             )
+        if isinstance(prompt, ChatPrompt):
+            prompt = self._models.chat_prompt(model, prompt, request.tools, request.reasoning)
         ids = await self._models.tokenize(model, prompt, request.add_special_tokens, False)
         if not ids:
             raise InvalidRequestError("The prompt is empty: it has no tokens.", param=request.prompt_param)
-        return list(ids)
-
-    def _engine_requests(
-        self,
-        context: RequestContext,
-        request: GenerationRequest,
-        admitted: Admitted,
-        model: ServedModel,
-        prompts: Sequence[list[int]],
-    ) -> list[EngineRequest]:
-        seed = secrets.randbits(62) if request.seed is None else request.seed & 0xFFFFFFFFFFFFFFFF
-        tokenizer = model.ready_tokenizer()
-        for token in (*request.logit_bias, *request.stop_token_ids):
-            if not 0 <= token < tokenizer.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {token} is outside this model's vocabulary of {tokenizer.vocab_size}",
-                    param="logit_bias" if token in request.logit_bias else "stop_token_ids",
-                )
-        own = context.principal.priority
-        prompt_tokens = sum(map(len, prompts))
-        requests: list[EngineRequest] = []
-        for prompt in prompts:
-            max_tokens = admitted.max_tokens(self._max_tokens(request, model, len(prompt)), prompt_tokens)
-            for choice in range(request.n):
-                params = SamplingParams(
-                    max_tokens=max_tokens,
-                    min_tokens=min(request.min_tokens, max_tokens),
-                    temperature=request.temperature,
-                    top_p=request.top_p,
-                    top_k=request.top_k,
-                    min_p=request.min_p,
-                    repetition_penalty=request.repetition_penalty,
-                    frequency_penalty=request.frequency_penalty,
-                    presence_penalty=request.presence_penalty,
-                    logit_bias=dict(request.logit_bias),
-                    seed=(seed + choice) & 0xFFFFFFFFFFFFFFFF,
-                    stop_token_ids=frozenset(request.stop_token_ids),
-                    ignore_eos=request.ignore_eos,
-                    logprobs=request.logprobs,
-                )
-                requests.append(
-                    EngineRequest(
-                        request_id=f"{next(self._ids):x}",
-                        prompt_token_ids=prompt,
-                        params=params,
-                        # Tenants never see each other's prefixes, not even in the time a first token takes.
-                        cache_salt=f"{context.cache_tenant or context.principal.tenant}\0{request.cache_salt}",
-                        tenant=context.principal.tenant,
-                        # Lower runs first: a request may stand back behind its principal's priority, never in front of it.
-                        priority=own if request.priority is None else max(own, request.priority),
-                        arrival_time=context.arrival,
-                    )
-                )
-        return requests
-
-    @staticmethod
-    def _max_tokens(request: GenerationRequest, model: ServedModel, prompt_tokens: int) -> int:
-        limit = model.max_model_len or 0
-        room = limit - prompt_tokens
-        wanted = request.max_tokens if request.max_tokens is not None else max(1, room)
-        if wanted > room:
-            raise ContextLengthExceededError(
-                f"This model's maximum context length is {limit} tokens. However, you requested {prompt_tokens + wanted} "
-                f"tokens ({prompt_tokens} in the {'messages' if request.prompt_param == 'messages' else 'prompt'}, {wanted} in "
-                f"the completion). Please reduce the length of either.",
-                param=request.prompt_param,
-            )
-        return wanted
+        tokenizer, is_open = model.ready_tokenizer(), False
+        if chat is not None and chat.reasoning is not None:
+            is_open = opens_thoughts(chat.reasoning, tokenizer.decode(ids[-_TAIL_TOKENS:], special=True))
+        constraint = self._grammars.constraint(request, grammar, chat, tokenizer, is_open)
+        return TokenisedPrompt(list(ids), constraint, is_open)
 
     # --- during and after ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _deltas(engine: EngineClient, choices: dict[str, _Choice], outputs: list[EngineOutput]) -> list[Delta]:
-        """What the outputs bring, one delta a choice however many steps they came from."""
-        deltas: dict[int, Delta] = {}
+    def _deltas(
+        engine: EngineClient, request: GenerationRequest, choices: dict[str, Choice], outputs: list[EngineOutput]
+    ) -> list[Delta]:
+        """What the outputs bring, one delta a choice however many steps they came from, unless the order of things that are
+        told apart would suffer."""
+        deltas: list[Delta] = []
+        last: dict[int, Delta] = {}
         for output in outputs:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise RequestError("The engine refused the request. Please report this with the request id.")
+                raise _failure(request, output)
             choice = choices[output.request_id]
             if choice.finish_reason is not None:
-                continue  # already ended by a stop string
+                continue  # already ended, by a stop string or a call
             delta = choice.take(output)
             if choice.finish_reason is not None and output.finish_reason is None:
                 engine.abort([choice.request_id])
-            earlier = deltas.get(choice.index)
-            if earlier is None:
-                deltas[choice.index] = delta
-            else:
-                earlier.text += delta.text
-                earlier.finish_reason = delta.finish_reason
-                if delta.tokens is not None:
-                    earlier.tokens = (earlier.tokens or []) + delta.tokens
-        return list(deltas.values())
+            earlier = last.get(choice.index)
+            if earlier is None or not joined(earlier, delta):
+                deltas.append(delta)
+                last[choice.index] = delta
+        return deltas
 
     @staticmethod
-    def _prompt_texts(request: GenerationRequest, prompts: Sequence[list[int]], tokenizer: Tokenizer) -> list[str]:
+    def _prompt_texts(request: GenerationRequest, prompts: Sequence[TokenisedPrompt], tokenizer: Tokenizer) -> list[str]:
         return [
-            prompt if isinstance(prompt, str) else tokenizer.decode(ids) if isinstance(prompt, list) else ""
-            for prompt, ids in zip(request.prompts, prompts, strict=True)
+            prompt if isinstance(prompt, str) else tokenizer.decode(tokenised.token_ids) if isinstance(prompt, list) else ""
+            for prompt, tokenised in zip(request.prompts, prompts, strict=True)
         ]
 
     @staticmethod
-    def _usage(request: GenerationRequest, prompts: Sequence[list[int]], choices: Sequence[_Choice]) -> Usage:
+    def _usage(request: GenerationRequest, prompts: Sequence[TokenisedPrompt], choices: Sequence[Choice]) -> Usage:
         return Usage(
             prompt_tokens=sum(map(len, prompts)),
             completion_tokens=sum(choice.num_generated for choice in choices),
             cached_tokens=sum(choice.num_cached for choice in choices[:: request.n]),
+            reasoning_tokens=sum(choice.num_reasoning for choice in choices),
         )
+
+
+def _parser(request: GenerationRequest, chat: ChatFormat | None, tokenizer: Tokenizer, is_open: bool) -> OutputParser:
+    """The parser of one choice. Text completions are text, whatever is in it."""
+    family = None if chat is None else chat.reasoning
+    calls = None if chat is None or request.tools is None else chat.tools
+    return OutputParser(
+        tokenizer,
+        stop=request.stop,
+        skip_special_tokens=request.skip_special_tokens,
+        splitter=None if family is None else ThoughtSplitter(family, is_open),
+        tools=None if calls is None or request.tools is None else calls.parser(request.tools),
+        markers=() if calls is None else calls.markers,
+    )
+
+
+def _failure(request: GenerationRequest, output: EngineOutput) -> RequestError:
+    """Why the engine ended a sequence: the request's own constraint, which it tells, or something nobody expected."""
+    if output.error is None:
+        return RequestError("The engine refused the request. Please report this with the request id.")
+    param = None if request.format is None else request.format.param
+    if param is None and request.tools is not None:
+        param = request.tools.param
+    return InvalidRequestError(output.error, param=param, code="constraint_failed")

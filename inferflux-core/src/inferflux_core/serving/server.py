@@ -19,7 +19,7 @@ import uvicorn
 from inferflux_core.config import Loaded, check_bind
 from inferflux_core.effective import as_json, effective_values
 from inferflux_core.engine.client import EngineClient, EngineState
-from inferflux_core.engine.loop import EngineSpec
+from inferflux_core.engine.engine_spec import EngineSpec
 from inferflux_core.engine.process import ProcessEngineClient
 from inferflux_core.errors import ConfigError
 from inferflux_core.models.manager import ModelManager, ServedModel
@@ -31,6 +31,7 @@ from inferflux_core.telemetry.version import VERSION
 
 if TYPE_CHECKING:
     from inferflux_core.access.services import AccessServices
+    from inferflux_core.serving.grammars import RequestGrammars
     from inferflux_core.telemetry.metrics import Metrics
 
 logger = logging.getLogger("inferflux.server")
@@ -162,7 +163,8 @@ class Server:
                 from inferflux_core.serving.admin.routing import restore_routing
 
                 await restore_routing(access.store, self._models)
-                return await self._serve(loading, access, metrics)
+                async with self._grammars(metrics) as grammars:
+                    return await self._serve(loading, access, metrics, grammars)
         finally:
             loading.cancel()
             with contextlib.suppress(asyncio.CancelledError, ConfigError):
@@ -197,13 +199,36 @@ class Server:
                 loop.remove_signal_handler(signal.SIGHUP)
             await access.close()
 
-    async def _serve(self, loading: asyncio.Task[None], access: AccessServices, metrics: Metrics) -> int:
+    @contextlib.asynccontextmanager
+    async def _grammars(self, metrics: Metrics) -> AsyncIterator[RequestGrammars]:
+        """What answers are held to; the process that checks grammars starts before anybody can connect."""
+        from inferflux_core.serving.grammars import RequestGrammars
+
+        settings = self._settings.structured_output
+        try:
+            from inferflux_core.models.structured.checker import GrammarChecker
+        except ImportError:
+            yield RequestGrammars(settings, None)
+            return
+        if not settings.enabled:
+            yield RequestGrammars(settings, None)
+            return
+        checker = GrammarChecker(settings, on_compiled=metrics.grammar_compiled)
+        await checker.start()
+        try:
+            yield RequestGrammars(settings, checker)
+        finally:
+            await checker.close()
+
+    async def _serve(
+        self, loading: asyncio.Task[None], access: AccessServices, metrics: Metrics, grammars: RequestGrammars
+    ) -> int:
         from inferflux_core.serving.app import create_app
         from inferflux_core.serving.pipeline import Pipeline
         from inferflux_core.serving.services import ServerState, Services
 
         state = ServerState()
-        pipeline = Pipeline(self._models, access, metrics, state)
+        pipeline = Pipeline(self._models, access, metrics, state, grammars)
         services = Services(
             pipeline=pipeline,
             models=self._models,

@@ -13,7 +13,15 @@ from typing import Any, Protocol, TypeVar
 from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.types import EngineStats
 from inferflux_core.interfaces import Tokenizer
-from inferflux_core.serving.generation import ChatPrompt, Event, GenerationRequest, Prompt, RequestContext
+from inferflux_core.serving.generation import (
+    ChatPrompt,
+    Event,
+    GenerationRequest,
+    Prompt,
+    ReasoningOptions,
+    RequestContext,
+    ToolRequest,
+)
 from inferflux_core.settings import Settings
 from inferflux_core.telemetry.metrics import Metrics
 
@@ -90,6 +98,16 @@ class Models(Protocol[ViewT]):
         Raises:
             ModelLoadingError: the tokenizer is not there yet.
             InvalidRequestError: the chat template refused the messages.
+        """
+
+    def chat_prompt(
+        self, view: ViewT, prompt: ChatPrompt, tools: ToolRequest | None, reasoning: ReasoningOptions
+    ) -> ChatPrompt:
+        """A conversation as the model's chat template wants it, with tools and what was said of thoughts.
+
+        Raises:
+            ModelLoadingError: the model is not there yet.
+            InvalidRequestError: there is no template, it does not know a variable of the request, or the model calls no tools.
         """
 
     def render_chat(self, view: ViewT, prompt: ChatPrompt) -> str:

@@ -13,11 +13,10 @@ logger = logging.getLogger(__name__)
 # Fields of OpenAI's and its peers' clients that change nothing about what is generated here.
 IGNORED = frozenset(
     {
-        "add_generation_prompt", "audio", "best_of", "continue_final_message", "function_call", "functions",
-        "include_reasoning", "keep_alive", "metadata", "modalities", "moderation", "parallel_tool_calls", "prediction",
-        "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "response_format",
-        "safety_identifier", "service_tier", "store", "suffix", "tool_choice", "tools", "ttl", "user", "verbosity",
-        "web_search_options",
+        "add_generation_prompt", "audio", "best_of", "continue_final_message", "guided_decoding_backend", "keep_alive",
+        "metadata", "modalities", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "suffix", "ttl",
+        "user", "verbosity", "web_search_options",
     }
 )  # fmt: skip
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -36,6 +35,8 @@ class UnknownFields:
             if len(self._seen) >= _MOST_WARNINGS:
                 return
             if name in model.model_fields or name in IGNORED or name in self._seen:
+                continue
+            if any(name == field.alias for field in model.model_fields.values()):
                 continue
             if _PLAIN_NAME.fullmatch(name):
                 self._seen.add(name)

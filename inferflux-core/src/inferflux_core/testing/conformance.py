@@ -282,5 +282,6 @@ class BackendConformance(ABC):
             token = self.prompt(1, 1)[0]
             request = make_request(self.prompt(20, 1), max_tokens=8, ignore_eos=True, constraint=only({token}))
             assert driver.generate(request)[0].token_ids == [token] * 8
-            assert driver.core.stats().forced_tokens == 6, "all but the first, which the prompt brings, and the last"
+            # All but the first, which the prompt brings, and the last. One step ahead nobody knows what to go on from.
+            assert driver.core.stats().forced_tokens == (6 if caps.depth == 1 else 0)
         driver.core.close()

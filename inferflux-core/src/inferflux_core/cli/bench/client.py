@@ -5,27 +5,36 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter, process_time
 from typing import Any
 
 import msgspec
 
-from inferflux_core.cli.api_errors import ApiError, error_from_response
+from inferflux_core.cli.api_errors import ApiError
 from inferflux_core.cli.bench.connection import Answer, Connection, StaleConnection
+from inferflux_core.cli.bench.inquiry import Speculated
 from inferflux_core.cli.bench.workloads import Script
 from inferflux_core.cli.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server under load: its name in the report, where it is, and the model that it is asked for."""
+    """A server under load: its name in the report, where it is, and the model that it is asked for.
+
+    Attributes:
+        version: of the server, where it says.
+        body: what every request to it says beyond what the workload says.
+        cache_salt: keeps what it caches from other targets that are the same server; None where there is no other.
+    """
 
     name: str
     endpoint: Endpoint
     model: str
-    version: str | None = None  # of the server, where it says
+    version: str | None = None
+    body: Mapping[str, Any] = field(default_factory=dict)
+    cache_salt: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,6 +61,7 @@ class Run:
     samples: list[Sample]
     client_cpu_s: float  # what the generator itself took from the machine
     elapsed_s: float
+    speculated: Speculated | None = None  # None: the server drafted nothing, or does not say
 
 
 class LoadGenerator:
@@ -67,6 +77,7 @@ class LoadGenerator:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "cache_salt": target.cache_salt,
         }
         self._idle: list[Connection] = []
 
@@ -125,7 +136,7 @@ class LoadGenerator:
             if turn and samples[-2].error is not None:
                 sample.error = "not sent, because an earlier turn had failed"
                 continue
-            body = msgspec.json.encode(self._fields | {"prompt": prompt})
+            body = msgspec.json.encode(merged(self._fields, script.fields, self._target.body) | {"prompt": prompt})
             if due is None:
                 sample.due = perf_counter()
             try:
@@ -158,51 +169,9 @@ class LoadGenerator:
         return answer
 
 
-async def find_model(endpoint: Endpoint) -> str:
-    """The default model of a server, else its first.
-
-    Raises:
-        ApiError: the server cannot be reached, does not list its models, or has none.
-    """
-    answer = await _get(endpoint, "/v1/models")
-    if answer.status != 200:
-        raise error_from_response(endpoint.url, "/v1/models", answer.status, answer.body)
-    entries = _json(answer.body).get("data")
-    cards = [card for card in entries if isinstance(card, dict)] if isinstance(entries, list) else []
-    names = [str(card["id"]) for card in cards if card.get("id")]
-    defaults = [str(card["id"]) for card in cards if isinstance(ours := card.get("inferflux"), dict) and ours.get("default")]
-    if not names:
-        raise ApiError(f"{endpoint.url} lists no model. Name one with --model")
-    return (defaults or names)[0]
-
-
-async def find_version(endpoint: Endpoint) -> str | None:
-    """What a server says of its version: InferFlux, vLLM and llama-server each have a place for it."""
-    for path, key in (("/healthz", "version"), ("/version", "version"), ("/props", "build_info")):
-        try:
-            answer = await _get(endpoint, path)
-        except ApiError:
-            return None
-        version = _json(answer.body).get(key) if answer.status == 200 else None
-        if isinstance(version, str):
-            return version
-    return None
-
-
-async def _get(endpoint: Endpoint, path: str) -> Answer:
-    connection = await Connection.open(endpoint)
-    try:
-        async with asyncio.timeout(30):
-            return await connection.get(path)
-    except TimeoutError as error:
-        raise ApiError(f"{endpoint.url}{path} did not answer within 30 s") from error
-    finally:
-        connection.close()
-
-
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return document if isinstance(document, dict) else {}
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """One object of several: a later one wins key by key, and its null takes a key away."""
+    fields: dict[str, Any] = {}
+    for layer in layers:
+        fields.update(layer)
+    return {key: value for key, value in fields.items() if value is not None}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from inferflux_core.cli.bench.session import Contender
 
 OPEN_LOOP_S = 30  # seconds of load that the default of --requests makes
+
+_OWN_FIELDS = {
+    "prompt": "it follows from --workload",
+    "model": "give it with --model",
+    "max_tokens": "give it with --max-tokens",
+    "stream": "times are those of streamed answers",
+    "stream_options": "tokens are counted by the usage at a stream's end",
+}
+"""Fields of a request that only the benchmark sets, and what to do instead."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -41,6 +51,13 @@ OPEN_LOOP_S = 30  # seconds of load that the default of --requests makes
     envvar="INFERFLUX_BENCH_API_KEY",
     show_envvar=True,
     help="Once, or once for each --url.",
+)
+@click.option(
+    "--body",
+    "bodies",
+    multiple=True,
+    metavar="JSON",
+    help="Object whose keys go into each request, or @FILE with one. Once, or once for each --url.",
 )
 @click.option("--workload", type=click.Choice(NAMES), default="plain", help="What is asked; see above.")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 4096), help="Closed loop with so many clients. [default: 4]")
@@ -71,6 +88,7 @@ def bench(
     names: tuple[str, ...],
     models: tuple[str, ...],
     api_keys: tuple[str, ...],
+    bodies: tuple[str, ...],
     workload: Name,
     concurrency: int | None,
     rate: float | None,
@@ -86,9 +104,9 @@ def bench(
 ) -> None:
     """Put load on OpenAI-compatible servers and compare them.
 
-    Greedy streaming requests to /v1/completions. With several --url the servers take turns (A B A B ...), each
-    alternation sends the same prompts to each of them, and no two alternations share prompts. A second benchmark on the
-    same servers wants another --seed, or it finds its prompts in their caches.
+    Streaming requests to /v1/completions, greedy but for the workload novel. With several --url the servers take turns
+    (A B A B ...), each alternation sends the same prompts to each of them, and no two alternations share prompts. A
+    second benchmark on the same servers wants another --seed, or it finds its prompts in their caches.
 
     Figures are medians over the alternations. The LAST --url is the reference: a ratio is the median of
     (server / reference), alternation by alternation; for tokens a second more than 1 is better, for times less than 1.
@@ -99,6 +117,14 @@ def bench(
       shared-prefix  a common prefix (840 tokens; 32) and 30 distinct tokens
       turns          conversations of 4 turns, each prompt with all before it (60 new tokens a turn; 32)
       mixed          every 4th prompt is long (1250 tokens; 64) among prompts of 110
+      copy           a file to repeat with one edit, the answer begun (320 tokens; 128)
+      novel          like plain, sampled at temperature 1: greedy, small models repeat themselves (110 tokens; 64)
+      json           a text to answer as an array of objects, by a json_schema in response_format (60 tokens; 64)
+      json-new       like json, but each request has a schema that no one has had before (60 tokens; 64)
+
+    To compare settings of one server, give its --url twice, with a --name and a --body each; cache_salt then keeps one
+    from finding its prompts in the other's cache. In a --body null takes away what the workload says:
+    {"response_format": null} for json without the schema, {"num_speculative_tokens": 0} for no drafts. What was drafted and accepted is read from /metrics of InferFlux and vLLM, before and after each turn.
 
     A time to first token (TTFT) or latency counts from the sending, with --rate from the scheduled arrival. A gap is the
     time between two arrivals of text within an answer.
@@ -106,12 +132,12 @@ def bench(
     \b
     --json prints {"format": "inferflux-bench/1", "date", "inferflux_version", "python", "platform", "event_loop",
       "parameters": {...}, "failed": requests,
-      "servers": [{"name", "url", "model", "version", "reference": bool,
+      "servers": [{"name", "url", "model", "version", "body": {...}, "reference": bool,
         "alternations": [{"requests", "failed", "errors": {message: count}, "wall_s", "output_tokens",
           "output_tokens_per_s", "requests_per_s", "ttft_p50_ms", "ttft_p99_ms", "time_per_token_p50_ms",
           "time_per_token_p99_ms", "gap_p50_ms", "gap_p99_ms", "gap_max_ms", "latency_p50_ms", "latency_p99_ms",
-          "prompt_tokens", "cached_tokens", "chunks", "short_answers", "estimated_answers", "late_send_p99_ms",
-          "client_cpu_ratio"}],
+          "prompt_tokens", "cached_tokens", "drafted_tokens", "accepted_tokens", "acceptance_ratio", "chunks",
+          "short_answers", "estimated_answers", "late_send_p99_ms", "client_cpu_ratio"}],
         "medians": {figure: number}, "ratios": {figure: number} or null,
         "agreement": {"name", "reference", "compared", "identical", "identical_ratio", "first_difference"} or null}]}
     A figure that was not measured is null.
@@ -127,7 +153,7 @@ def bench(
     from inferflux_core.cli.bench.report import Parameters, make_report, print_differences, print_report
     from inferflux_core.cli.bench.session import measure
 
-    contenders = _contenders(urls, names, models, api_keys)
+    contenders = _contenders(urls, names, models, api_keys, bodies)
     load = Workload.make(workload, prompt_tokens, max_tokens)
     clients = None if rate is not None else concurrency or 4
     usual_requests = max(8, 4 * clients if clients is not None else math.ceil(OPEN_LOOP_S * (rate or 0)))
@@ -168,13 +194,18 @@ def bench(
 
 
 def _contenders(
-    urls: tuple[str, ...], names: tuple[str, ...], models: tuple[str, ...], api_keys: tuple[str, ...]
+    urls: tuple[str, ...],
+    names: tuple[str, ...],
+    models: tuple[str, ...],
+    api_keys: tuple[str, ...],
+    bodies: tuple[str, ...],
 ) -> list[Contender]:
     from inferflux_core.cli.bench.session import Contender
 
     count = len(urls)
     if names and len(names) != count:
         raise click.UsageError(f"there are {count} --url and {len(names)} --name. Give one --name for each --url, or none")
+    fields = [_body(value) for value in _for_each("--body", bodies, count)]
     keys, wanted = _for_each("--api-key", api_keys, count), _for_each("--model", models, count)
     try:
         endpoints = [Endpoint.parse(url, key) for url, key in zip(urls, keys, strict=True)]
@@ -183,7 +214,7 @@ def _contenders(
     labels = list(names) or [f"{endpoint.host}:{endpoint.port}" for endpoint in endpoints]
     if len(set(labels)) != count:
         raise click.UsageError("two servers have the same name. Tell them apart with one --name for each --url")
-    return [Contender(name, endpoint, model) for name, endpoint, model in zip(labels, endpoints, wanted, strict=True)]
+    return [Contender(*row) for row in zip(labels, endpoints, wanted, fields, strict=True)]
 
 
 def _for_each(option: str, values: tuple[str, ...], count: int) -> list[str | None]:
@@ -191,3 +222,17 @@ def _for_each(option: str, values: tuple[str, ...], count: int) -> list[str | No
     if len(values) not in (0, 1, count):
         raise click.UsageError(f"there are {count} --url and {len(values)} {option}. Give it once, or once for each --url")
     return list(values) if len(values) == count else [values[0] if values else None] * count
+
+
+def _body(value: str | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    try:
+        text = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
+        body = msgspec.json.decode(text, type=dict[str, Any])
+    except (OSError, UnicodeError, msgspec.DecodeError) as error:
+        raise click.UsageError(f"--body is no JSON object, nor @FILE with one: {error}") from error
+    for key, cure in _OWN_FIELDS.items():
+        if key in body:
+            raise click.UsageError(f"--body cannot set {key!r}: {cure}")
+    return body

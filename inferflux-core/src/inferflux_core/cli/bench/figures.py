@@ -37,8 +37,11 @@ class Figures(msgspec.Struct, kw_only=True):
     latency_p99_ms: float | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    drafted_tokens: int | None = None  # by speculation, as the server counts them
+    accepted_tokens: int | None = None
+    acceptance_ratio: float | None = None
     chunks: int
-    short_answers: int  # answers with fewer tokens than were asked for: the server ignored ignore_eos
+    short_answers: int  # answers with fewer tokens than were asked for: the server ignored ignore_eos, or a schema ended them
     estimated_answers: int  # answers without usage, whose tokens are taken to be their chunks
     late_send_p99_ms: float | None = None  # open loop: how long after the schedule the generator sent
     client_cpu_ratio: float  # of one core, taken by the generator itself
@@ -96,6 +99,9 @@ def figures_of(run: Run, *, max_tokens: int, scheduled: bool) -> Figures:
         client_cpu_ratio=run.client_cpu_s / run.elapsed_s if run.elapsed_s else 0.0,
         errors=dict(errors.most_common()),
     )
+    if run.speculated is not None:
+        figures.drafted_tokens, figures.accepted_tokens = run.speculated.drafted, run.speculated.accepted
+        figures.acceptance_ratio = run.speculated.accepted / run.speculated.drafted
     if not answered:
         return figures
     # Failed requests took time from the server too, but only sends and texts that were measured bound the wall time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +18,7 @@ from inferflux_core.cli.table import ABSENT, print_table
 
 MAX_SHOWN_ALTERNATIONS = 5  # more of them are shown as a range
 MAX_CHANCE_CACHED = 0.1  # of the prompt tokens; distinct prompts have little more than a first token in common
+SHOWN_BODY = 100  # characters of a --body
 SHOWN_CHARACTERS = 60  # around the place where two texts part, with --show-diff
 
 
@@ -44,6 +45,7 @@ class Server(msgspec.Struct, kw_only=True):
     url: str
     model: str
     version: str | None
+    body: Mapping[str, Any]  # of --body
     reference: bool
     alternations: list[Figures]
     medians: dict[str, float | None]
@@ -76,6 +78,7 @@ def make_report(parameters: Parameters, event_loop: str, targets: Sequence[Targe
             url=target.endpoint.url,
             model=target.model,
             version=target.version,
+            body=target.body,
             reference=index == last and last > 0,
             alternations=figures[index],
             medians=medians(figures[index]),
@@ -112,6 +115,9 @@ _ROWS: tuple[tuple[str, str, int], ...] = (
     ("prompt tokens", "prompt_tokens", 0),
     ("of them cached", "cached_tokens", 0),
     ("output tokens", "output_tokens", 0),
+    ("drafted tokens", "drafted_tokens", 0),
+    ("of them accepted", "accepted_tokens", 0),
+    ("acceptance", "acceptance_ratio", 2),
     ("failed requests", "failed", 0),
 )
 
@@ -125,7 +131,9 @@ def print_report(report: Report) -> None:
         f"{parameters.alternations} alternations, seed {parameters.seed}"
     )
     for server in report.servers:
-        click.echo(f"  {server.name}: {server.url}  model {server.model}  version {server.version or 'unknown'}")
+        click.echo(
+            f"  {server.name}: {server.url}  model {server.model}  version {server.version or 'unknown'}{_body(server.body)}"
+        )
     reference = report.servers[-1].name
     compared = [server for server in report.servers if server.ratios is not None]
     columns = ["median (alternations)", *(server.name for server in report.servers)]
@@ -141,7 +149,7 @@ def print_report(report: Report) -> None:
     ]
     print_table(columns, rows)
     for server in report.servers:
-        for line in _remarks(server, unshared=parameters.workload in ("plain", "mixed")):
+        for line in _remarks(server, unshared=parameters.workload not in ("shared-prefix", "turns")):
             click.echo(line)
 
 
@@ -169,7 +177,9 @@ def _remarks(server: Server, *, unshared: bool) -> list[str]:
     estimated = sum(figures.estimated_answers for figures in server.alternations)
     lines = [f"{server.name}: {count} requests failed: {message}" for message, count in messages.items()]
     if short:
-        lines.append(f"{server.name}: {short} answers are shorter than max_tokens: it may not know ignore_eos")
+        lines.append(
+            f"{server.name}: {short} answers are shorter than max_tokens: it may not know ignore_eos, or a schema ended them"
+        )
     if estimated:
         lines.append(f"{server.name}: {estimated} answers came without usage; their tokens are estimated from chunks")
     if unshared and any(_cached_ratio(figures) > MAX_CHANCE_CACHED for figures in server.alternations):
@@ -181,12 +191,19 @@ def _remarks(server: Server, *, unshared: bool) -> list[str]:
     return lines
 
 
+def _body(body: Mapping[str, Any]) -> str:
+    if not body:
+        return ""
+    text = msgspec.json.encode(body).decode()
+    return f"  body {text if len(text) <= SHOWN_BODY else text[:SHOWN_BODY] + '...'}"
+
+
 def _cached_ratio(figures: Figures) -> float:
     return (figures.cached_tokens or 0) / figures.prompt_tokens if figures.prompt_tokens else 0.0
 
 
 def _agreement_line(found: Agreement) -> str:
-    text = f"{found.name}: {found.identical} of {found.compared} greedy outputs are identical to {found.reference}'s"
+    text = f"{found.name}: {found.identical} of {found.compared} outputs are identical to {found.reference}'s"
     first = found.first_difference
     if first is None:
         return text

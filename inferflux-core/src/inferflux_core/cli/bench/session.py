@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from inferflux_core.cli.api_errors import ApiError
-from inferflux_core.cli.bench.client import LoadGenerator, Run, Target, find_model, find_version
+from inferflux_core.cli.bench.client import LoadGenerator, Run, Target
+from inferflux_core.cli.bench.inquiry import find_model, find_speculated, find_version
 from inferflux_core.cli.bench.report import Parameters
 from inferflux_core.cli.bench.workloads import Workload
 from inferflux_core.cli.endpoint import Endpoint
@@ -16,14 +18,16 @@ WARMUP = -1  # the alternation whose prompts warm the servers up: no measured on
 
 
 class Contender:
-    """A server that is to be measured: its name in the report, where it is, and the model if the user named one."""
+    """A server that is to be measured: its name in the report, where it is, the model if the user named one, and what
+    every request to it says beyond what the workload says."""
 
-    __slots__ = ("endpoint", "model", "name")
+    __slots__ = ("body", "endpoint", "model", "name")
 
-    def __init__(self, name: str, endpoint: Endpoint, model: str | None) -> None:
+    def __init__(self, name: str, endpoint: Endpoint, model: str | None, body: Mapping[str, Any]) -> None:
         self.name = name
         self.endpoint = endpoint
         self.model = model
+        self.body = body
 
 
 def measure(
@@ -53,12 +57,15 @@ def measure(
 async def _session(
     contenders: Sequence[Contender], load: Workload, parameters: Parameters, progress: Callable[[str], None]
 ) -> tuple[list[Target], list[list[Run]]]:
+    urls = [contender.endpoint.url for contender in contenders]
     targets = [
         Target(
             name=contender.name,
             endpoint=contender.endpoint,
             model=contender.model or await find_model(contender.endpoint),
             version=await find_version(contender.endpoint),
+            body=contender.body,
+            cache_salt=contender.name if urls.count(contender.endpoint.url) > 1 else None,
         )
         for contender in contenders
     ]
@@ -71,12 +78,16 @@ async def _session(
         for target, rows in zip(targets, runs, strict=True):
             progress(f"alternation {alternation + 1} of {parameters.alternations}: {target.name}")
             generator = LoadGenerator(target, max_tokens=parameters.max_tokens, timeout_s=parameters.timeout_s)
+            before = await find_speculated(target.endpoint)
             if parameters.rate is None:
-                rows.append(await generator.closed_loop(scripts, parameters.concurrency or 1))
+                run = await generator.closed_loop(scripts, parameters.concurrency or 1)
             else:
                 # The same arrival times for each server.
                 arrivals = random.Random(f"{parameters.seed}/{alternation}/arrivals")  # noqa: S311 - no secret
-                rows.append(await generator.open_loop(scripts, parameters.rate, arrivals))
+                run = await generator.open_loop(scripts, parameters.rate, arrivals)
+            if before is not None and (after := await find_speculated(target.endpoint)) is not None:
+                run.speculated = after.since(before)
+            rows.append(run)
     return targets, runs
 
 

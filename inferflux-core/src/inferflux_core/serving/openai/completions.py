@@ -104,7 +104,7 @@ def completion_routes(services: Services) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts; with `stream`, as server-sent events."""
         body = await reader.read(request, CompletionBody)
-        generation = body.generation(server.max_choices)
+        generation = body.generation(server)
         reply = CompletionReply(
             num_prompts=len(generation.prompts),
             n=generation.n,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -15,6 +15,9 @@ from inferflux_core.serving.json_body import num_values, parse_object
 MAX_ARGUMENTS_DEPTH = 64
 MAX_ARGUMENT_VALUES = 100_000  # of all calls of a request together: each is parsed by itself, and printed by the template
 MAX_TOOL_CALLS = 1024  # of one message
+
+# OpenAI renamed them; templates were written for one of the names and drop what they do not know.
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -98,8 +101,11 @@ class Message(BaseModel):
         return self.role == "assistant" and bool(self.tool_calls or self.function_call or self.refusal is not None)
 
 
-def to_chat_prompt(messages: Sequence[Message]) -> ChatPrompt:
+def to_chat_prompt(messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> ChatPrompt:
     """The messages as chat templates know them: plain strings, `system` for `developer`, arguments as objects.
+
+    Args:
+        template_kwargs: variables that the request sets for the template.
 
     Raises:
         InvalidRequestError: with code `unsupported_value`, a content part is not text; with code `invalid_json`, the
@@ -113,13 +119,13 @@ def to_chat_prompt(messages: Sequence[Message]) -> ChatPrompt:
             param="messages",
             code="invalid_json",
         )
-    return ChatPrompt([_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
+    templated = [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return ChatPrompt(templated, template_kwargs=template_kwargs or {})
 
 
 def _template_message(message: Message, path: str) -> dict[str, Any]:
     result: dict[str, Any] = {
-        # OpenAI's newer name of the same role; templates were written for the older one and drop what they do not know.
-        "role": "system" if message.role == "developer" else message.role,
+        "role": _TEMPLATE_ROLES.get(message.role, message.role),
         "content": _flatten(message, path),
     }
     if calls := message.calls:

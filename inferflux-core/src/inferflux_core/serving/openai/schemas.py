@@ -12,15 +12,29 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inferflux_core.errors import InvalidRequestError
-from inferflux_core.serving.generation import ChatPrompt, GenerationRequest, Prompt
+from inferflux_core.serving.generation import GenerationRequest, Prompt, ReasoningOptions, ToolRequest
 from inferflux_core.serving.openai.fields import MAX_INT32, CompletionPrompt, Finite, LogitBias, Stop, TokenId
+from inferflux_core.serving.openai.formats import FormatFields
 from inferflux_core.serving.openai.messages import Message, to_chat_prompt
+from inferflux_core.serving.openai.reasoning import ReasoningFields, TemplateKwargs
+from inferflux_core.serving.openai.tools import (
+    FunctionCallChoice,
+    Functions,
+    ToolChoice,
+    Tools,
+    function_request,
+    tool_request,
+)
+from inferflux_core.settings import ServerSettings
 
-_CONSTRAINTS = "constrained output is not available in this version; remove it and check the output yourself"
 _TEMPLATE = "chat templates come from the model or the administrator, never from a request; remove it"
 
 MAX_TOP_LOGPROBS = 20
+MAX_SPECULATIVE_TOKENS = 256  # as the setting's
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+SpeculativeTokens = Annotated[int, Field(ge=0, le=MAX_SPECULATIVE_TOKENS)]
 
 
 class StreamOptions(BaseModel):
@@ -35,23 +49,15 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class SamplingBody(BaseModel):
+class SamplingBody(FormatFields):
     """Fields that chat and text completions share."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
-        "grammar": _CONSTRAINTS,
-        "json_schema": _CONSTRAINTS,
-        "structured_outputs": _CONSTRAINTS,
-        "guided_json": _CONSTRAINTS,
-        "guided_regex": _CONSTRAINTS,
-        "guided_choice": _CONSTRAINTS,
-        "guided_grammar": _CONSTRAINTS,
         "bad_words": "words cannot be banned in this version; use logit_bias for single tokens",
         "allowed_token_ids": "the vocabulary cannot be restricted in this version; use logit_bias",
         "chat_template": _TEMPLATE,
-        "chat_template_kwargs": _TEMPLATE,
     }
 
     model: str | None = Field(None, description="Name or alias of a model; by default the server's default model.")
@@ -77,6 +83,12 @@ class SamplingBody(BaseModel):
     add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-MAX_INT32, le=MAX_INT32)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    num_speculative_tokens: SpeculativeTokens | None = Field(
+        None, description="Most tokens to guess in one step; 0 turns speculation off. What is generated does not change."
+    )
+    n_max: SpeculativeTokens | None = Field(
+        None, alias="speculative.n_max", description="As num_speculative_tokens, in llama-server's spelling."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +106,11 @@ class SamplingBody(BaseModel):
             raise InvalidRequestError(
                 "'repetition_penalty' and 'repeat_penalty' are two names of one parameter and differ; send one of them.",
                 param="repeat_penalty",
+            )
+        if None not in (self.num_speculative_tokens, self.n_max) and self.num_speculative_tokens != self.n_max:
+            raise InvalidRequestError(
+                "'num_speculative_tokens' and 'speculative.n_max' are two names of one parameter and differ; send one of them.",
+                param="speculative.n_max",
             )
         limit = self.output_limit
         if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
@@ -130,9 +147,16 @@ class SamplingBody(BaseModel):
         return n
 
     def to_generation(
-        self, *, prompts: Sequence[Prompt], max_choices: int, logprobs: int | None, prompt_param: str
+        self,
+        *,
+        prompts: Sequence[Prompt],
+        max_choices: int,
+        logprobs: int | None,
+        prompt_param: str,
+        tools: ToolRequest | None = None,
+        reasoning: ReasoningOptions | None = None,
     ) -> GenerationRequest:
-        """The pipeline's request; defaults are OpenAI's. Raises InvalidRequestError for too many choices."""
+        """The pipeline's request; defaults are OpenAI's. Raises InvalidRequestError for too many choices or formats."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return GenerationRequest(
             model=self.model,
@@ -157,11 +181,15 @@ class SamplingBody(BaseModel):
             cache_salt=self.cache_salt or "",
             add_special_tokens=self.add_special_tokens is not False,
             skip_special_tokens=self.skip_special_tokens is not False,
+            format=self.output_format(),
+            tools=tools,
+            reasoning=reasoning or ReasoningOptions(),
+            num_speculative_tokens=self.n_max if self.num_speculative_tokens is None else self.num_speculative_tokens,
             prompt_param=prompt_param,
         )
 
 
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, ReasoningFields):
     """Body of `POST /v1/chat/completions`."""
 
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
@@ -176,21 +204,17 @@ class ChatBody(SamplingBody):
     )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Whether the answer may be several calls; true by default.")
+    functions: Functions | None = Field(None, description="OpenAI's older name of tools.")
+    function_call: FunctionCallChoice | None = Field(None, description="OpenAI's older name of tool_choice.")
+    chat_template_kwargs: TemplateKwargs | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tools_and_formats(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        response_format = body.get("response_format")
-        if response_format is not None and response_format != {"type": "text"}:
-            refuse_parameter("response_format", f"only {{'type': 'text'}} is supported, as {_CONSTRAINTS}")
-        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-            if _is_set(body.get(tools)) and body.get(choice) != "none":
-                refuse_parameter(tools, f"tools cannot be called in this version; remove it or set '{choice}' to 'none'")
-            if body.get(choice) not in (None, "none", "auto"):
-                refuse_parameter(choice, "tools cannot be called in this version; remove it or set it to 'none'")
-        if body.get("add_generation_prompt") is False:
+    def _refuse_no_generation_prompt(cls, body: Any) -> Any:
+        if isinstance(body, dict) and body.get("add_generation_prompt") is False:
             refuse_parameter("add_generation_prompt", "the answer is always a new message; remove it")
         return body
 
@@ -205,11 +229,37 @@ class ChatBody(SamplingBody):
         """`max_completion_tokens`, else its older name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def generation(self, max_choices: int) -> GenerationRequest:
+    @property
+    def uses_functions(self) -> bool:
+        """Whether the reply has OpenAI's older `function_call` instead of `tool_calls`."""
+        return bool(self.functions)
+
+    def tool_request(self) -> ToolRequest | None:
+        """What may be called; None for nothing. Raises InvalidRequestError."""
+        if self.tools and self.functions:
+            raise InvalidRequestError("'functions' is an older name of 'tools'; send one of them.", param="functions")
+        if self.functions or (self.function_call is not None and not self.tools):
+            if self.tool_choice not in (None, "none", "auto"):
+                raise InvalidRequestError(
+                    "'tool_choice' is only allowed when 'tools' are there; send them.", param="tool_choice"
+                )
+            return function_request(self.functions, self.function_call)
+        if self.function_call not in (None, "none", "auto"):
+            raise InvalidRequestError(
+                "'function_call' is only allowed when 'functions' are there; use 'tool_choice'.", param="function_call"
+            )
+        return tool_request(self.tools, self.tool_choice, parallel=self.parallel_tool_calls is not False)
+
+    def generation(self, server: ServerSettings) -> GenerationRequest:
         """The pipeline's request."""
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        prompt: ChatPrompt = to_chat_prompt(self.messages)
-        return self.to_generation(prompts=[prompt], max_choices=max_choices, logprobs=logprobs, prompt_param="messages")
+        return self.to_generation(
+            prompts=[to_chat_prompt(self.messages, self.chat_template_kwargs)],
+            max_choices=server.max_choices,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_param="messages",
+            tools=self.tool_request(),
+            reasoning=self.reasoning_options(),
+        )
 
 
 class CompletionBody(SamplingBody):
@@ -221,7 +271,7 @@ class CompletionBody(SamplingBody):
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {
         **SamplingBody.UNSUPPORTED,
         "suffix": "filling in the middle is not available in this version; remove it",
-        "response_format": _CONSTRAINTS,
+        "chat_template_kwargs": "text completions have no chat template; remove it",
     }
 
     prompt: CompletionPrompt
@@ -245,10 +295,10 @@ class CompletionBody(SamplingBody):
         """`max_tokens`, by default OpenAI's 16."""
         return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
-    def generation(self, max_choices: int) -> GenerationRequest:
+    def generation(self, server: ServerSettings) -> GenerationRequest:
         """The pipeline's request."""
         return self.to_generation(
-            prompts=self.prompts(), max_choices=max_choices, logprobs=self.logprobs, prompt_param="prompt"
+            prompts=self.prompts(), max_choices=server.max_choices, logprobs=self.logprobs, prompt_param="prompt"
         )
 
     def prompts(self) -> list[Prompt]:

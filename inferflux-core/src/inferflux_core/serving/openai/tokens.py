@@ -18,10 +18,12 @@ from inferflux_core.interfaces import Tokenizer
 from inferflux_core.serving.body_reader import BodyReader
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.exchange import Exchange
-from inferflux_core.serving.generation import ChatPrompt, Prompt
+from inferflux_core.serving.generation import ChatPrompt, Prompt, ReasoningOptions, ToolRequest
 from inferflux_core.serving.guard import GuardedRoute, model_checked
 from inferflux_core.serving.openai.fields import TokenId
 from inferflux_core.serving.openai.messages import Message, to_chat_prompt
+from inferflux_core.serving.openai.reasoning import TemplateKwargs
+from inferflux_core.serving.openai.tools import Tool, Tools, tool_request
 from inferflux_core.serving.openai.wire import encode
 from inferflux_core.serving.openapi import documented
 from inferflux_core.serving.request_facts import MAX_BYTES_PER_TOKEN, prompt_size
@@ -50,6 +52,8 @@ class TokenizeBody(_Body):
 
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = Field(None, description="What the model would be told of; with `messages` only.")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template, with `messages`.")
     content: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -65,12 +69,15 @@ class TokenizeBody(_Body):
                 f"Send exactly one of 'prompt', 'messages' and 'content'; this request has {len(given)} of them.",
                 param=given[1] if given else "prompt",
             )
+        for name in ("tools", "chat_template_kwargs"):
+            if getattr(self, name) and self.messages is None:
+                raise InvalidRequestError(f"{name!r} is only allowed with 'messages'; no other text is put there.", param=name)
         return self
 
     def text(self) -> tuple[Prompt, bool]:
         """What to tokenize, and whether the model's BOS and EOS go around it."""
         if self.messages is not None:
-            return to_chat_prompt(self.messages), bool(self.add_special_tokens)
+            return to_chat_prompt(self.messages, self.chat_template_kwargs), bool(self.add_special_tokens)
         if self.prompt is not None:
             return self.prompt, self.add_special_tokens is not False
         return self.content or "", bool(self.add_special)
@@ -86,6 +93,8 @@ class TemplateBody(_Body):
     """Body of `POST /apply-template`."""
 
     messages: Messages
+    tools: Tools | None = Field(None, description="What the model would be told of.")
+    chat_template_kwargs: TemplateKwargs | None = Field(None, description="Variables of the chat template.")
 
 
 class TokenizeReply(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -137,6 +146,12 @@ def token_routes(services: Services) -> APIRouter:
         async with admission.counted(exchange.principal, view.name):
             yield view
 
+    def as_read(view: ModelView, prompt: ChatPrompt, tools: Sequence[Tool] | None) -> ChatPrompt:
+        """The conversation as a generation would give it to the template."""
+        request = tool_request(tools, None)
+        _check_size(view, prompt, request)
+        return models.chat_prompt(view, prompt, request, ReasoningOptions())
+
     @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply, ContentReply))
     @model_checked
     async def tokenize(request: Request) -> Response:
@@ -145,7 +160,10 @@ def token_routes(services: Services) -> APIRouter:
         text, add_special = body.text()
         parse_special = body.content is not None if body.parse_special is None else body.parse_special
         async with using(request, body.model) as view:
-            _check_size(view, text)
+            if isinstance(text, ChatPrompt):
+                text = as_read(view, text, body.tools)
+            else:
+                _check_size(view, text)
             tokens = await models.tokenize(view, text, add_special, parse_special)
             if body.content is None:
                 texts = await asyncio.to_thread(_texts, _tokenizer(view), tokens) if body.return_token_strs else None
@@ -169,15 +187,16 @@ def token_routes(services: Services) -> APIRouter:
         """The text that the model's chat template makes of a conversation."""
         body = await reader.read(request, TemplateBody)
         async with using(request, body.model) as view:
-            text = await asyncio.to_thread(models.render_chat, view, to_chat_prompt(body.messages))
+            prompt = as_read(view, to_chat_prompt(body.messages, body.chat_template_kwargs), body.tools)
+            text = await asyncio.to_thread(models.render_chat, view, prompt)
         return json_response(encode(TemplateReply(text)))
 
     return router
 
 
-def _check_size(view: ModelView, prompt: Prompt) -> None:
+def _check_size(view: ModelView, prompt: Prompt, tools: ToolRequest | None = None) -> None:
     """Refuse what no context holds, as a generation would: tokens take several times the room of their text."""
-    if view.max_model_len is not None and (size := prompt_size(prompt)) > view.max_model_len * MAX_BYTES_PER_TOKEN:
+    if view.max_model_len is not None and (size := prompt_size(prompt, tools)) > view.max_model_len * MAX_BYTES_PER_TOKEN:
         raise ContextLengthExceededError(
             f"This model's maximum context length is {view.max_model_len} tokens. Your input of {size} characters is longer "
             f"than that in any wording. Please send it in parts.",

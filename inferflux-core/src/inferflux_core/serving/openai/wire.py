@@ -68,12 +68,44 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class AssistantMessage(msgspec.Struct, frozen=True):
-    """The answer of one chat choice."""
+class CalledFunction(msgspec.Struct, frozen=True):
+    """A function and the JSON text of its arguments.
 
-    content: str
+    Attributes:
+        status: `incomplete` if the answer ended within the arguments; absent otherwise.
+    """
+
+    name: str
+    arguments: str
+    status: Literal["incomplete"] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool. `status` as in `CalledFunction`."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+    status: Literal["incomplete"] | msgspec.UnsetType = msgspec.UNSET
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """The answer of one chat choice.
+
+    Attributes:
+        content: None if only tools were called.
+        tool_calls: absent if none were called.
+        function_call: the call of a request that used OpenAI's older `functions`.
+        reasoning_content, reasoning: the model's thoughts, under the names that `server.reasoning_field` chose.
+    """
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    function_call: CalledFunction | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):

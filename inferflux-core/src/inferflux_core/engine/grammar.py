@@ -1,0 +1,288 @@
+"""The constraints of one engine: grammars compiled aside and kept, and the masks of steps, made while the model computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits
+
+from inferflux_core.engine.grammar_state import GrammarState, Tags, Words
+from inferflux_core.engine.thinking import Thoughts
+from inferflux_core.engine.types import Constraint, ConstraintState, GrammarMask, SchedulerOutput, Thinking
+from inferflux_core.engine.vocabulary import Vocabulary
+from inferflux_core.interfaces import Tokenizer
+
+logger = logging.getLogger("inferflux.engine")
+
+# A mask that is expected to take less is made at once: to hand it to a thread and back costs about as much.
+_INLINE_S = 100e-6
+# Before anything was measured.
+_ROW_S = 100e-6
+# Tags of thoughts come from the model's family, so there are few.
+_MAX_TAGS = 32
+
+_Digest = bytes
+
+
+class GrammarError(ValueError):
+    """A constraint that cannot be compiled. The message is for the client and repeats nothing of the constraint."""
+
+
+def parser_limits() -> LLParserLimits:
+    """What a grammar may cost: tens of milliseconds to build, as much for a mask, and 100 MB for the states of its patterns.
+
+    Schemas of thousands of properties stay far below these, grammars in which everything is ambiguous do not.
+    """
+    return LLParserLimits(
+        max_items_in_row=2_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=100_000,
+        step_max_items=10_000,
+        max_lexer_states=50_000,
+        max_grammar_size=500_000,
+        precompute_large_lexemes=True,
+        verbose_errors=False,
+    )
+
+
+class PendingMask:
+    """The mask of one step, on its way."""
+
+    def __init__(self, mask: Future[GrammarMask | None] | GrammarMask | None) -> None:
+        self._mask = mask
+
+    def result(self) -> GrammarMask | None:
+        """Wait for it; None if no row of the step is constrained after all."""
+        return self._mask.result() if isinstance(self._mask, Future) else self._mask
+
+
+class Grammars:
+    """Compiles constraints in one thread and makes masks in another. Its methods are called by the engine thread only.
+
+    The vocabulary is read in the compiling thread, from construction on; the first who needs it waits.
+
+    Args:
+        tokenizer: makes the model's tokenizer; called in that thread.
+        vocab_size: width of the model's logits.
+        eos_token_ids: tokens that end a sequence.
+        cache_entries: compiled grammars kept for each salt, the least recently used goes first.
+        cache_salts: salts whose grammars are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[[], Tokenizer],
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        *,
+        cache_entries: int = 128,
+        cache_salts: int = 64,
+    ) -> None:
+        self._cache_entries, self._cache_salts = cache_entries, cache_salts
+        self._cache: OrderedDict[str, OrderedDict[_Digest, LLMatcher | GrammarError]] = OrderedDict()
+        self._lock = threading.Lock()  # of the cache
+        self._tags: OrderedDict[tuple[str, str], Tags] = OrderedDict()  # used by the compiling thread only
+        self._limits = parser_limits()
+        self._compiling = ThreadPoolExecutor(1, "inferflux-grammar")
+        self._masking = ThreadPoolExecutor(1, "inferflux-mask")
+        self._vocabulary = self._compiling.submit(Vocabulary, tokenizer, vocab_size, eos_token_ids)
+        self._vocabulary.add_done_callback(_report)
+        num_words = (vocab_size + 31) // 32
+        # Two, as a device may still be reading the mask of the last step.
+        self._buffers = [np.empty((0, num_words), dtype=np.int32) for _ in range(2)]
+        self._row_seconds = _ROW_S
+
+    # --- constraints --------------------------------------------------------------------------------------------------
+
+    def compile(self, salt: str, constraint: Constraint) -> Future[ConstraintState]:
+        """The state of a new sequence, soon. One that cannot be held has `error` set; the future never fails.
+
+        Args:
+            salt: what was compiled for one salt is found by the same salt only, not even by the time it takes.
+        """
+        if constraint.thinking is None and self._vocabulary.done() and self._vocabulary.exception() is None:
+            kept = self._kept(salt, _digest(constraint.grammar))
+            if isinstance(kept, LLMatcher):
+                at_once: Future[ConstraintState] = Future()
+                at_once.set_result(GrammarState(self._vocabulary.result(), kept.deep_copy()))
+                return at_once
+        return self._compiling.submit(self._state, salt, constraint)
+
+    def _state(self, salt: str, constraint: Constraint) -> ConstraintState:
+        try:
+            vocabulary = self._vocabulary.result()
+        except Exception:  # reported when it happened
+            return _Refused("Structured output is not available: this model's vocabulary cannot be read.")
+        try:
+            answer = self._matcher(vocabulary, salt, constraint.grammar) if constraint.grammar else None
+            thinking = constraint.thinking
+            if thinking is None:
+                return GrammarState(vocabulary, answer)
+            _check(vocabulary, thinking)
+            return GrammarState(vocabulary, answer, Thoughts(thinking), self._tags_of(vocabulary, thinking))
+        except GrammarError as error:
+            return _Refused(str(error))
+        except Exception as error:  # whatever it is, the sequence must not run without its constraint
+            logger.error("a constraint could not be compiled: %s", type(error).__name__)
+            return _Refused("The required format could not be compiled.")
+
+    def _matcher(self, vocabulary: Vocabulary, salt: str, grammar: str) -> LLMatcher:
+        """A grammar at its beginning, for one sequence.
+
+        Raises:
+            GrammarError: it is wrong, or beyond the limits.
+        """
+        digest = _digest(grammar)
+        kept = self._kept(salt, digest)
+        if kept is None:
+            try:
+                kept = self._compiled(vocabulary, grammar)
+            except GrammarError as error:
+                kept = error
+            self._keep(salt, digest, kept)
+        if isinstance(kept, GrammarError):
+            raise kept
+        return kept.deep_copy()
+
+    def _compiled(self, vocabulary: Vocabulary, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=self._limits)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # so that what it prepares is in every copy
+        if matcher.is_error():
+            raise GrammarError(
+                "The required format could not be compiled for this model: it is malformed or too complex. "
+                "Simplify the schema or grammar."
+            )
+        return matcher
+
+    def _kept(self, salt: str, digest: _Digest) -> LLMatcher | GrammarError | None:
+        with self._lock:
+            entries = self._cache.get(salt)
+            if entries is None or digest not in entries:
+                return None
+            self._cache.move_to_end(salt)
+            entries.move_to_end(digest)
+            return entries[digest]
+
+    def _keep(self, salt: str, digest: _Digest, compiled: LLMatcher | GrammarError) -> None:
+        with self._lock:
+            entries = self._cache.setdefault(salt, OrderedDict())
+            self._cache.move_to_end(salt)
+            entries[digest] = compiled
+            if len(entries) > self._cache_entries:
+                entries.popitem(last=False)
+            if len(self._cache) > self._cache_salts:
+                self._cache.popitem(last=False)
+
+    def _tags_of(self, vocabulary: Vocabulary, thinking: Thinking) -> Tags:
+        key = thinking.begin, thinking.end
+        if key not in self._tags:
+            tokens = [*vocabulary.parse(thinking.begin), *vocabulary.parse(thinking.end)]
+            controls = {t: vocabulary.bytes_of(t, control=True) for t in tokens if vocabulary.is_control(t)}
+            opening = self._compiled(vocabulary, _tag_grammar(vocabulary, thinking.begin)) if thinking.begin else None
+            self._tags[key] = Tags(controls, opening)
+            if len(self._tags) > _MAX_TAGS:
+                self._tags.popitem(last=False)
+        return self._tags[key]
+
+    # --- masks --------------------------------------------------------------------------------------------------------
+
+    def begin(self, plan: SchedulerOutput) -> PendingMask | None:
+        """Begin the mask of a plan whose sequences have taken in all tokens drawn so far; None if nobody is constrained.
+
+        The states must be left alone until its `result()` is there, which is valid until the mask after the next one begins.
+        """
+        jobs: list[tuple[int, Sequence[int], GrammarState]] = []
+        for row in plan.rows:
+            state = plan.constraints.get(row.slot)
+            if row.sample and isinstance(state, GrammarState):
+                draft = row.tokens[row.n - row.n_draft :] if row.n_draft and row.tokens is not None else ()
+                if not state.is_free(draft):
+                    jobs.append((row.slot, draft, state))
+        if not jobs:
+            return None
+        num_rows = sum(len(draft) + 1 for _, draft, _ in jobs)
+        self._buffers.reverse()
+        if len(self._buffers[0]) < num_rows:
+            self._buffers[0] = np.empty((2 * num_rows, self._buffers[0].shape[1]), dtype=np.int32)
+        buffer = self._buffers[0]
+        if num_rows * self._row_seconds < _INLINE_S:
+            return PendingMask(self._mask(jobs, buffer))
+        return PendingMask(self._masking.submit(self._mask, jobs, buffer))
+
+    def _mask(self, jobs: Sequence[tuple[int, Sequence[int], GrammarState]], buffer: Words) -> GrammarMask | None:
+        began = time.perf_counter()
+        first: dict[int, int] = {}
+        used = 0
+        for slot, draft, state in jobs:
+            rows = buffer[used : used + len(draft) + 1]
+            try:
+                constrained = state.fill(draft, rows)
+            except BaseException as error:  # a panic of the library is no Exception, and harms one sequence only
+                logger.error("a mask could not be made: %s", type(error).__name__)
+                state.fail()
+                rows[:] = self._vocabulary.result().all_but_eos
+                constrained = True
+            if constrained:
+                first[slot] = used
+                used += len(rows)
+        seconds = (time.perf_counter() - began) / sum(len(draft) + 1 for _, draft, _ in jobs)
+        self._row_seconds += 0.1 * (seconds - self._row_seconds)
+        return GrammarMask(buffer[:used], first) if used else None
+
+    def close(self) -> None:
+        """End the threads, after what they are at, and forget what was compiled. Constraints not compiled yet are cancelled."""
+        self._compiling.shutdown(wait=True, cancel_futures=True)
+        self._masking.shutdown(wait=True, cancel_futures=True)
+        self._cache.clear()
+        self._tags.clear()
+
+
+class _Refused:
+    """The state of a constraint that never held."""
+
+    is_finished = False
+
+    def __init__(self, error: str) -> None:
+        self.error: str | None = error
+
+    def forced(self, at_most: int) -> list[int]:
+        return []
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        return 0
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """It stays refused."""
+
+
+def _check(vocabulary: Vocabulary, thinking: Thinking) -> None:
+    if not thinking.end:
+        raise GrammarError("The tags of the model's thoughts are not known.")
+    if thinking.budget is not None:
+        closing = b"".join(vocabulary.bytes_of(token, control=True) for token in thinking.end_token_ids)
+        if thinking.end.encode() not in closing:
+            raise GrammarError("A budget of thoughts needs tokens that end them.")
+
+
+def _tag_grammar(vocabulary: Vocabulary, tag: str) -> str:
+    """A tag as the tokenizer reads it, control tokens and all, or spelled in any other way."""
+    as_read = " ".join(f"<[{token}]>" for token in vocabulary.parse(tag))
+    return f"start: {as_read} | {json.dumps(tag)}"
+
+
+def _digest(grammar: str) -> _Digest:
+    return hashlib.sha256(grammar.encode("utf-8", "surrogatepass")).digest()
+
+
+def _report(vocabulary: Future[Vocabulary]) -> None:
+    if not vocabulary.cancelled() and (error := vocabulary.exception()) is not None:
+        logger.error("structured output is not available: the vocabulary cannot be read: %s", error)

@@ -1,0 +1,436 @@
+"""Constraints of the fake model, byte by byte: compiling, masks, drafts, thoughts, and what cannot be held."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from core.engine.constrained import (
+    OPEN,
+    THINK,
+    compact,
+    fake_grammars,
+    feed,
+    ids_of,
+    letters,
+    permitted,
+    plan_of,
+    refusal_of,
+    state_of,
+)
+from inferflux_core.engine.grammar import Grammars
+from inferflux_core.engine.types import Constraint, Thinking
+from inferflux_core.testing.fake_backend import BOS, EOS, IM_END, IM_START, VOCAB_SIZE, FakeTokenizer
+
+FLAG = compact({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False})
+CLOSING = list(b"\n</think>")
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[Grammars]:
+    made = fake_grammars()
+    yield made
+    made.close()
+
+
+# --- a grammar alone --------------------------------------------------------------------------------------------------
+
+
+def test_the_mask_is_what_the_grammar_allows(grammars: Grammars) -> None:
+    state = state_of(grammars, 'start: "ab" | "ac" "d"*')
+    assert letters(grammars, state) == b"a"
+    feed(state, "a")
+    assert letters(grammars, state) == b"bc"
+    feed(state, "cd")
+    assert permitted(grammars, state) == [[ord("d"), EOS, IM_END]], "it may end here, or go on"
+    assert not state.is_finished
+    state.advance([EOS])
+    assert (state.is_finished, state.error) == (True, None)
+
+
+def test_it_is_finished_where_nothing_can_follow(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    feed(state, '{"a":true')
+    assert not state.is_finished
+    feed(state, "}")
+    assert (state.is_finished, state.error) == (True, None)
+    assert grammars.begin(plan_of({0: state})) is None, "there is nothing to draw"
+    assert (state.forced(9), state.allowed(b"x")) == ([], 0)
+
+
+def test_an_end_before_the_grammar_is_done_is_an_error(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    feed(state, '{"a"')
+    state.advance([IM_END])
+    assert state.error is not None
+    assert not state.is_finished
+
+
+def test_a_token_that_is_not_allowed_is_an_error(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    state.advance(b"[")
+    assert state.error is not None
+    assert "{" not in state.error, "nothing of the grammar or the output is repeated"
+    assert (state.forced(9), state.allowed(b"{"), grammars.begin(plan_of({0: state}))) == ([], 0, None)
+
+
+def test_what_must_come_is_forced_and_cut(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    assert bytes(state.forced(99)) == b'{"a":'
+    assert bytes(state.forced(2)) == b'{"'
+    feed(state, '{"a":f')
+    assert bytes(state.forced(99)) == b"alse}"
+
+
+def test_as_much_of_a_draft_as_may_come(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    assert state.allowed(b'{"a":tr') == 7
+    assert state.allowed(b'{"a":yes') == 5
+    assert state.allowed(b"") == 0
+    assert state.allowed([*b'{"a":true}', EOS]) == 10, "an end is not drafted"
+    assert letters(grammars, state) == b"{", "asking changes nothing"
+
+
+def test_masks_along_a_draft(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    feed(state, '{"a":')
+    rows = permitted(grammars, state, b"tru")
+    assert rows is not None
+    assert [bytes(row) for row in rows] == [b"ft", b"r", b"u", b"e"]
+    rows = permitted(grammars, state, b"tXu")
+    assert rows is not None
+    assert [bytes(row) for row in rows[:2]] == [b"ft", b"r"]
+    assert [len(row) for row in rows[2:]] == [VOCAB_SIZE + 13] * 2, "nobody gets there"
+    assert letters(grammars, state) == b"ft"
+    feed(state, "false}")
+    assert state.is_finished
+
+
+def test_a_draft_may_run_to_the_end(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG)
+    rows = permitted(grammars, state, list(b'{"a":true}'))
+    assert rows is not None
+    assert bytes(rows[-2]) == b"}"
+    assert rows[-1] == [EOS, IM_END]
+    feed(state, '{"a":true}')
+    assert state.is_finished
+
+
+def test_forced_drafts_have_the_masks_that_the_grammar_gives(grammars: Grammars) -> None:
+    asked, unasked = state_of(grammars, FLAG), state_of(grammars, FLAG)
+    draft = asked.forced(99)
+    assert permitted(grammars, asked, draft) == permitted(grammars, unasked, draft)
+    assert permitted(grammars, asked, [*draft[:2], 7]) == permitted(grammars, unasked, [*draft[:2], 7])
+
+
+def test_control_tokens_are_drawn_only_by_name(grammars: Grammars) -> None:
+    state = state_of(grammars, r"start: /(.|\n)*/")
+    rows = permitted(grammars, state)
+    assert rows is not None
+    assert [token for token in rows[0] if token >= 256] == [EOS, IM_END]
+    assert 255 not in rows[0], "a byte that is in no UTF-8"
+    state = state_of(grammars, f'start: "a" <[{IM_START}]> | <[{BOS}]> "b"')
+    assert permitted(grammars, state) == [[ord("a"), BOS]]
+    state.advance([ord("a")])
+    assert permitted(grammars, state) == [[IM_START]]
+    state.advance([IM_START])
+    assert state.is_finished
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grammar", ['start: "', "start: nothing", "{}", '{"grammars":[]}', "\ud800", "start: /(?=a)b/"])
+def test_what_cannot_be_compiled_is_refused_without_its_text(
+    grammars: Grammars, grammar: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        error = refusal_of(grammars, grammar)
+    assert error is not None
+    assert error.startswith("The required format could not be compiled")
+    assert "nothing" not in error
+    assert [r.getMessage() for r in caplog.records if "nothing" in r.getMessage()] == []
+
+
+def test_one_state_knows_nothing_of_another(grammars: Grammars) -> None:
+    first, second = state_of(grammars, FLAG), state_of(grammars, FLAG)
+    feed(first, '{"a":')
+    assert (letters(grammars, first), letters(grammars, second)) == (b"ft", b"{")
+
+
+def test_what_is_compiled_is_kept_by_salt_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    real = Grammars._compiled
+
+    def watch(self: Grammars, vocabulary: Any, grammar: str) -> Any:
+        compiled.append(grammar)
+        return real(self, vocabulary, grammar)
+
+    monkeypatch.setattr(Grammars, "_compiled", watch)
+    grammars = fake_grammars(cache_entries=2, cache_salts=2)
+    try:
+        a, b, c, bad = 'start: "a"', 'start: "b"', 'start: "c"', "start: x"
+        together = [grammars.compile("s", Constraint(grammar=a)) for _ in range(4)]
+        assert [future.result(60).error for future in together] == [None] * 4
+        assert compiled == [a]
+        state_of(grammars, b, salt="s")
+        state_of(grammars, a, salt="s")
+        assert compiled == [a, b]
+        state_of(grammars, c, salt="s")
+        state_of(grammars, a, salt="s")
+        assert compiled == [a, b, c], "b was used least recently"
+        state_of(grammars, b, salt="s")
+        assert compiled == [a, b, c, b]
+        state_of(grammars, b, salt="t")
+        assert compiled == [a, b, c, b, b], "another salt finds nothing"
+        assert refusal_of(grammars, bad) == refusal_of(grammars, bad)
+        assert compiled[5:] == [bad], "nor is a refusal worked out twice"
+        state_of(grammars, b, salt="s")
+        assert compiled[6:] == [b], "the third salt put out the first"
+    finally:
+        grammars.close()
+
+
+def test_a_vocabulary_that_cannot_be_read_refuses_all(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> FakeTokenizer:
+        raise OSError("the file is gone")
+
+    grammars = fake_grammars(broken)
+    try:
+        assert "vocabulary" in str(refusal_of(grammars, FLAG))
+        assert refusal_of(grammars, thinking=OPEN) is not None
+    finally:
+        grammars.close()
+    assert [r.levelno for r in caplog.records] == [logging.ERROR]
+
+
+def test_close_ends_the_threads_and_cancels_what_waits() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def slow() -> FakeTokenizer:
+        entered.set()
+        release.wait(30)
+        return FakeTokenizer()
+
+    before = threading.active_count()
+    grammars = fake_grammars(slow)
+    future = grammars.compile("", Constraint(grammar=FLAG))
+    assert entered.wait(30)
+    closing = threading.Thread(target=grammars.close)
+    closing.start()
+    release.set()
+    closing.join(30)
+    assert future.done()
+    assert threading.active_count() == before
+
+
+# --- masks of a step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_seconds", [0.0, 1.0], ids=["at once", "in the thread"])
+def test_the_rows_of_a_step(grammars: Grammars, row_seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "_row_seconds", row_seconds)
+    done = state_of(grammars, 'start: "x"')
+    feed(done, "x")
+    broken = state_of(grammars, FLAG)
+    broken.fail()
+    begun = state_of(grammars, FLAG)
+    feed(begun, '{"a":')
+    states = {4: begun, 2: done, 7: state_of(grammars, FLAG), 1: broken, 0: state_of(grammars, thinking=OPEN)}
+    plan = plan_of(states, {4: b"fa"})
+    plan.rows.append(plan_of({9: begun}).rows[0])  # of a sequence without a constraint
+    pending = grammars.begin(plan)
+    assert pending is not None
+    mask = pending.result()
+    assert mask is not None
+    assert mask.first == {4: 0, 7: 3}
+    assert [bytes(ids_of(row)) for row in mask.bits] == [b"ft", b"a", b"l", b"{"]
+
+
+def test_a_mask_outlives_the_next_one(grammars: Grammars) -> None:
+    first, second = state_of(grammars, 'start: "a"'), state_of(grammars, 'start: "b"')
+    pending = grammars.begin(plan_of({0: first}))
+    assert pending is not None
+    mask = pending.result()
+    assert letters(grammars, second) == b"b"
+    assert mask is not None
+    assert bytes(ids_of(mask.bits[0])) == b"a"
+
+
+def test_a_failure_of_the_library_ends_one_sequence_and_permits_no_end(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """What the library raises if it has a bug."""
+
+    bad, good = state_of(grammars, FLAG), state_of(grammars, FLAG)
+
+    def fill(*_: Any) -> bool:
+        raise Panic("with a text that is nobody's business")
+
+    monkeypatch.setattr(bad, "fill", fill)
+    pending = grammars.begin(plan_of({0: bad, 1: good}))
+    assert pending is not None
+    mask = pending.result()
+    assert mask is not None
+    assert mask.first == {0: 0, 1: 1}
+    assert not set(ids_of(mask.bits[0])) & FakeTokenizer.eos_token_ids
+    assert bytes(ids_of(mask.bits[1])) == b"{"
+    assert bad.error is not None
+    assert good.error is None
+
+
+def test_a_grammar_beyond_its_limits_ends_with_an_error(grammars: Grammars) -> None:
+    """Every way to read an x doubles with the next one."""
+    state = state_of(grammars, 'start: a\na: a a | a a a | a "x" | "x" a | "x" | ""')
+    for _ in range(400):
+        rows = permitted(grammars, state)
+        assert rows is not None
+        if state.error is not None:
+            assert "Simplify" in state.error
+            assert not set(rows[0]) & FakeTokenizer.eos_token_ids, "the output is not taken for complete"
+            return
+        state.advance(b"x")
+        if state.error is not None:
+            assert "Simplify" in state.error
+            return
+    pytest.fail("the limits never came")
+
+
+def test_a_text_that_the_vocabulary_cannot_spell_is_an_error() -> None:
+    class NoB(FakeTokenizer):
+        def token_bytes(self, token_id: int, *, special: bool = False) -> bytes:
+            return b"" if token_id == ord("b") else super().token_bytes(token_id, special=special)
+
+    grammars = fake_grammars(NoB)
+    try:
+        state = state_of(grammars, 'start: "ab"')
+        for _ in range(2):
+            rows = permitted(grammars, state)
+            if state.error is not None:
+                break
+            assert rows is not None
+            state.advance(rows[0][:1])
+            assert not state.is_finished
+        assert state.error is not None
+    finally:
+        grammars.close()
+
+
+# --- behind thoughts --------------------------------------------------------------------------------------------------
+
+
+def test_thoughts_are_free_but_for_the_end_of_the_sequence(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, OPEN)
+    rows = permitted(grammars, state)
+    assert rows is not None
+    assert set(range(VOCAB_SIZE + 13)) - set(rows[0]) == {EOS, IM_END}
+    feed(state, "let me {} see</thin </think>")
+    assert letters(grammars, state) == b"{"
+    feed(state, '{"a":true}')
+    assert (state.is_finished, state.error) == (True, None)
+
+
+def test_an_answer_comes_with_or_without_thoughts(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, THINK)
+    assert letters(grammars, state) == b"<{"
+    assert state.forced(9) == []
+    feed(state, '{"a":true}')
+    assert (state.is_finished, state.error) == (True, None)
+    state = state_of(grammars, FLAG, THINK)
+    feed(state, "<thi")
+    assert letters(grammars, state) == b"n"
+    feed(state, "nk>hm</think>")
+    assert letters(grammars, state) == b"{"
+    feed(state, '{"a":true}')
+    assert (state.is_finished, state.error) == (True, None)
+
+
+def test_an_answer_may_begin_like_the_tag(grammars: Grammars) -> None:
+    grammar = 'start: "<tho" | "<think>" "x"'
+    state = state_of(grammars, grammar, THINK)
+    feed(state, "<th")
+    assert letters(grammars, state) == b"io"
+    feed(state, "o")
+    assert (state.is_finished, state.error) == (True, None)
+    state = state_of(grammars, grammar, THINK)
+    feed(state, "<think>")
+    assert len(letters(grammars, state)) > 200, "the tag is the tag, whatever the grammar says"
+    feed(state, "</think><think>")
+    assert letters(grammars, state) == b"x"
+
+
+def test_a_budget_forces_the_end_and_then_the_answer(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, Thinking(is_open=False, begin="<think>", end="</think>", budget=3, end_token_ids=CLOSING))
+    feed(state, "<think>ab")
+    assert state.forced(9) == []
+    feed(state, "c")
+    assert state.forced(4) == CLOSING[:4]
+    assert state.forced(99) == CLOSING
+    rows = permitted(grammars, state, CLOSING)
+    assert rows == [*([token] for token in CLOSING), [ord("{")]]
+    feed(state, "\n</think>")
+    assert bytes(state.forced(99)) == b'{"a":'
+
+
+def test_a_budget_without_a_grammar(grammars: Grammars) -> None:
+    budget = Thinking(is_open=True, begin="<think>", end="</think>", budget=2, end_token_ids=CLOSING)
+    state = state_of(grammars, thinking=budget)
+    assert permitted(grammars, state) is None
+    rows = permitted(grammars, state, b"ab\n")
+    assert rows is not None, "a draft that uses the budget up"
+    assert [len(rows[0]), len(rows[1]), rows[2], rows[3]] == [VOCAB_SIZE + 13] * 2 + [[CLOSING[0]], [CLOSING[1]]]
+    assert state.allowed(b"abc") == 2
+    assert state.allowed([*b"ab", *CLOSING, *b"anything"]) == 2 + len(CLOSING) + 8
+    feed(state, "ab")
+    assert permitted(grammars, state) == [[CLOSING[0]]]
+    feed(state, "\n</think>anything")
+    assert permitted(grammars, state) is None
+    assert permitted(grammars, state, b"more") is None
+    state.advance([EOS])
+    assert (state.is_finished, state.error) == (True, None)
+
+
+def test_drafts_across_the_end_of_thoughts(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, OPEN)
+    draft = b'hm</think>{"b'
+    assert state.allowed(draft) == len(draft) - 1
+    assert state.allowed([*b"hm", EOS]) == 2
+    rows = permitted(grammars, state, draft)
+    assert rows is not None
+    assert [len(row) for row in rows[:10]] == [VOCAB_SIZE + 11] * 10
+    assert [bytes(row) for row in rows[10:13]] == [b"{", b'"', b"a"]
+    feed(state, "no end")
+    assert len(letters(grammars, state)) > 200, "nothing of the draft is left"
+    assert state.error is None
+
+
+def test_a_draft_at_the_very_start(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, THINK)
+    assert state.allowed(b"<think>x</think>{") == 17
+    assert state.allowed(b"<tree") == 2
+    assert state.allowed(b'{"a":1') == 5
+    rows = permitted(grammars, state, b'{"')
+    assert rows is not None
+    assert [bytes(row) for row in rows] == [b"<{", b'"', b"a"]
+    assert letters(grammars, state) == b"<{"
+
+
+def test_thoughts_that_never_end_are_no_answer(grammars: Grammars) -> None:
+    state = state_of(grammars, FLAG, OPEN)
+    feed(state, "hm")
+    state.advance([EOS])
+    assert state.error is not None
+
+
+def test_bad_thoughts_are_refused(grammars: Grammars) -> None:
+    assert refusal_of(grammars, FLAG, Thinking(is_open=True, begin="<think>", end="")) is not None
+    for end_token_ids in ([], list(b"</thin")):
+        thinking = Thinking(is_open=True, begin="", end="</think>", budget=1, end_token_ids=end_token_ids)
+        assert refusal_of(grammars, thinking=thinking) is not None
+    nothing_to_begin = Thinking(is_open=False, begin="", end="</think>")
+    assert letters(grammars, state_of(grammars, FLAG, nothing_to_begin)) == b"{"
