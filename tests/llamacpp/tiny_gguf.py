@@ -15,8 +15,13 @@ FIRST_BYTE = 3  # tokens before it are no text
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FEED_FORWARD, LAYERS = 64, 4, 2, 16, 96, 2
 
 
-def write_tiny(path: Path) -> ModelFiles:
-    """Write it as one file; the weights are always the same."""
+def write_tiny(path: Path, *, sliding_window: int | None = None) -> ModelFiles:
+    """Write it as one file; the weights are always the same.
+
+    Args:
+        sliding_window: tokens that five layers of six see; the model is a Gemma 3 of six layers then.
+    """
+    arch, layers = ("llama", LAYERS) if sliding_window is None else ("gemma3", 6)
     rng = np.random.default_rng(3)
 
     def tensor(name: str, *shape: int) -> Tensor:
@@ -25,7 +30,7 @@ def write_tiny(path: Path) -> ModelFiles:
         return Tensor(f"{name}.weight", shape, data=weights.astype("<f4").tobytes())
 
     tensors = [tensor("token_embd", HIDDEN, len(VOCABULARY))]
-    for layer in range(LAYERS):
+    for layer in range(layers):
         tensors += [
             tensor(f"blk.{layer}.attn_norm", HIDDEN),
             tensor(f"blk.{layer}.attn_q", HIDDEN, HEADS * HEAD_DIM),
@@ -37,19 +42,28 @@ def write_tiny(path: Path) -> ModelFiles:
             tensor(f"blk.{layer}.ffn_up", HIDDEN, FEED_FORWARD),
             tensor(f"blk.{layer}.ffn_down", FEED_FORWARD, HIDDEN),
         ]
+        if sliding_window is not None:
+            tensors += [
+                tensor(f"blk.{layer}.attn_q_norm", HEAD_DIM),
+                tensor(f"blk.{layer}.attn_k_norm", HEAD_DIM),
+                tensor(f"blk.{layer}.post_attention_norm", HIDDEN),
+                tensor(f"blk.{layer}.post_ffw_norm", HIDDEN),
+            ]
     tensors += [tensor("output_norm", HIDDEN), tensor("output", HIDDEN, len(VOCABULARY))]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
     metadata = {
-        "general.architecture": (STRING, "llama"),
+        "general.architecture": (STRING, arch),
         "general.name": (STRING, "Tiny"),
-        "llama.context_length": (U32, 256),
-        "llama.embedding_length": (U32, HIDDEN),
-        "llama.block_count": (U32, LAYERS),
-        "llama.feed_forward_length": (U32, FEED_FORWARD),
-        "llama.attention.head_count": (U32, HEADS),
-        "llama.attention.head_count_kv": (U32, KV_HEADS),
-        "llama.attention.layer_norm_rms_epsilon": (F32, 1e-5),
-        "llama.rope.dimension_count": (U32, HEAD_DIM),
+        f"{arch}.context_length": (U32, 256),
+        f"{arch}.embedding_length": (U32, HIDDEN),
+        f"{arch}.block_count": (U32, layers),
+        f"{arch}.feed_forward_length": (U32, FEED_FORWARD),
+        f"{arch}.attention.head_count": (U32, HEADS),
+        f"{arch}.attention.head_count_kv": (U32, KV_HEADS),
+        f"{arch}.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+        f"{arch}.rope.dimension_count": (U32, HEAD_DIM),
+        f"{arch}.attention.key_length": (U32, HEAD_DIM),
+        f"{arch}.attention.value_length": (U32, HEAD_DIM),
         "tokenizer.ggml.model": (STRING, "llama"),
         "tokenizer.ggml.tokens": (ARRAY, Array(STRING, VOCABULARY)),
         "tokenizer.ggml.scores": (ARRAY, Array(F32, [0.0] * len(VOCABULARY))),
@@ -57,5 +71,7 @@ def write_tiny(path: Path) -> ModelFiles:
         "tokenizer.ggml.bos_token_id": (U32, 1),
         "tokenizer.ggml.eos_token_id": (U32, 2),
     }
+    if sliding_window is not None:
+        metadata[f"{arch}.attention.sliding_window"] = (U32, sliding_window)
     Model(metadata=metadata, tensors=tensors).write(path)
     return ModelFiles(ref=str(path), format="gguf", paths=(str(path),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from inferflux_backend_llamacpp.gguf import read_adapter, read_split
+from inferflux_backend_llamacpp.openmp import limited_spinning
 from inferflux_backend_llamacpp.settings import LlamaCppSettings
 from inferflux_core.errors import ModelFileError
 from inferflux_core.interfaces import Backend, EngineConfig, ModelFiles, ModelRunner, Tokenizer
@@ -26,12 +27,14 @@ class LlamaCppBackend(Backend):
             read_adapter(adapter.path)
 
     def tokenizer(self, files: ModelFiles) -> Tokenizer:
-        from inferflux_backend_llamacpp.tokenizer import LlamaCppTokenizer
+        with limited_spinning():
+            from inferflux_backend_llamacpp.tokenizer import LlamaCppTokenizer
 
         return LlamaCppTokenizer(files)
 
     def runner(self, files: ModelFiles, config: EngineConfig) -> ModelRunner:
-        from inferflux_backend_llamacpp.runner import LlamaCppRunner
+        with limited_spinning():
+            from inferflux_backend_llamacpp.runner import LlamaCppRunner
 
         self.validate(files)
         return LlamaCppRunner(files, self._settings, config)

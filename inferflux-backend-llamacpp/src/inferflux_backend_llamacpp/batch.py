@@ -33,7 +33,10 @@ class Batch:
         self.struct = batch
 
     def fill(self, rows: Sequence[Row]) -> dict[int, int]:
-        """Write the rows in ascending order of their streams; returns slot -> batch index of the rows that sample.
+        """Write the rows in ascending order of their streams.
+
+        Returns slot -> batch index of the first token whose logits are wanted, of the rows that sample: the last token of the
+        row, or the one before its drafts; those after it follow.
 
         llama.cpp joins sequences in one pass over the weights only while their ids ascend by one in batch order.
         """
@@ -47,8 +50,8 @@ class Batch:
             self._streams[begin:end] = _stream(row)
             self._outputs[begin:end] = 0
             if row.sample:
-                self._outputs[end - 1] = 1
-                outputs[row.slot] = end - 1
+                outputs[row.slot] = end - 1 - row.n_draft
+                self._outputs[end - 1 - row.n_draft : end] = 1
         self.struct.n_tokens = end
         return outputs
 

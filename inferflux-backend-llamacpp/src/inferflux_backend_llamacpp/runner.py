@@ -17,7 +17,7 @@ from inferflux_backend_llamacpp.gguf_header import GGUFArray, GGUFHeader
 from inferflux_backend_llamacpp.settings import LlamaCppSettings
 from inferflux_backend_llamacpp.tokenizer import eog_tokens
 from inferflux_core.engine.sampling import Logits, Sampler
-from inferflux_core.engine.types import ModelRunnerOutput, SchedulerOutput, SequenceOps, TokenLogprobs
+from inferflux_core.engine.types import ModelRunnerOutput, Row, SchedulerOutput, SequenceOps, TokenLogprobs
 from inferflux_core.errors import ModelFileError
 from inferflux_core.interfaces import (
     Capabilities,
@@ -33,6 +33,8 @@ from inferflux_core.interfaces import (
 MAX_STREAMS = 256  # LLAMA_MAX_SEQ
 _CELL_PADDING = 256  # llama.cpp rounds each stream's cells up to this
 _LEAST_MODEL_LEN = 2048
+# Logits of so many drafts of one row take 156 MB of llama.cpp's memory where the vocabulary has 152k tokens.
+_MOST_DRAFT = 256
 _ATTENTION_TILE = 64  # ggml's tiled attention on CPUs needs so many queries (GGML_FA_TILE_Q); fewer go row by row
 # Measured on two cores: a copy between streams moves 5 GB/s, in which time a small model prefills about 500 tokens a second.
 _COPY_BYTES_PER_TOKEN = 10e6
@@ -40,7 +42,7 @@ _COPY_BYTES_PER_TOKEN = 10e6
 
 @dataclass(slots=True)
 class _LlamaTicket(Ticket):
-    outputs: dict[int, int]  # slot -> index in the batch
+    outputs: dict[int, int]  # slot -> index in the batch of the first token with logits
     milliseconds: float
     tokens: list[list[int]] = field(default_factory=list)
     logprobs: list[list[TokenLogprobs] | None] = field(default_factory=list)
@@ -65,7 +67,6 @@ class LlamaCppRunner(ModelRunner):
         self._batch = Batch(config.max_num_batched_tokens)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
         vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
-        self._row_type = ctypes.c_float * vocab_size
         self.model_info = ModelInfo(
             vocab_size=vocab_size,
             max_model_len=self._stream_tokens(),
@@ -84,6 +85,8 @@ class LlamaCppRunner(ModelRunner):
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefill_tile=_ATTENTION_TILE,
+            max_draft=min(_MOST_DRAFT, config.max_num_batched_tokens - 1) if self.kv_cache_spec.can_trim else 0,
+            grammar=True,
         )
         self._sampler = Sampler(vocab_size, self.model_info.eos_token_ids)
 
@@ -223,17 +226,31 @@ class LlamaCppRunner(ModelRunner):
         assert isinstance(ticket, _LlamaTicket)
         for row in ticket.plan.rows:
             if row.sample:
-                logits = self._logits(ticket.outputs[row.slot])
-                token, logprobs = self._sampler.sample(row.slot, row.start + row.n, logits)
-                ticket.tokens.append([token])
-                ticket.logprobs.append(None if logprobs is None else [logprobs])
+                tokens, logprobs = self._draw(row, ticket.outputs[row.slot], mask)
+                ticket.tokens.append(tokens)
+                ticket.logprobs.append(logprobs)
 
-    def _logits(self, index: int) -> Logits:
-        """A view on the library's memory, valid until the next decode."""
+    def _draw(self, row: Row, first: int, mask: GrammarMask | None) -> tuple[list[int], list[TokenLogprobs] | None]:
+        assert row.tokens is not None
+        k = row.n_draft
+        masks = None
+        if mask is not None and (at := mask.first.get(row.slot)) is not None:
+            masks = mask.bits[at : at + k + 1]
+        return self._sampler.sample_row(
+            row.slot, row.start + row.n - k, self._logits(first, k + 1), row.tokens[row.n - k :], masks
+        )
+
+    def _logits(self, index: int, count: int) -> list[Logits]:
+        """Of tokens that follow each other in the batch: views on the library's memory, valid until the next decode.
+
+        The library keeps the logits that were asked for in the order of the batch, without gaps.
+        """
         pointer = llama_cpp.llama_get_logits_ith(self._context, index)
         address = ctypes.cast(pointer, ctypes.c_void_p).value
         assert address is not None
-        return np.frombuffer(self._row_type.from_address(address), dtype=np.float32)
+        width = self.model_info.vocab_size
+        memory = (ctypes.c_float * (width * count)).from_address(address)
+        return list(np.ctypeslib.as_array(memory).reshape(count, width))
 
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
         assert isinstance(ticket, _LlamaTicket)

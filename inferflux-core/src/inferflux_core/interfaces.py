@@ -350,11 +350,13 @@ class ProposerContext:
     """What a proposer is made from.
 
     Attributes:
+        target: the model that drafts are for, as the administrator wrote it.
         model_info: of the target.
         tokenizer: makes the target's tokenizer.
         load_draft: loads the draft model that the configuration names; raises ConfigError if it names none.
     """
 
+    target: str
     config: EngineConfig
     model_info: ModelInfo
     tokenizer: Callable[[], Tokenizer]

@@ -335,6 +335,7 @@ HEALTH = {
             "requests_waiting": 0,
             "kv_cache_usage_ratio": 0.25,
             "restarts": 1,
+            "speculation": None,
         }
     ],
 }

@@ -17,6 +17,7 @@ from inferflux_core.interfaces import Tokenizer
 from inferflux_core.testing.fake_backend import VOCAB_SIZE, FakeTokenizer
 
 THINK = Thinking(is_open=False, begin="<think>", end="</think>")
+FLAG_SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
 OPEN = Thinking(is_open=True, begin="<think>", end="</think>")
 
 

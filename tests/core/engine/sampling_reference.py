@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from inferflux_core.engine.sampling import Logits, Sampler
 from inferflux_core.engine.types import SamplingParams, SequenceInit
@@ -100,3 +101,21 @@ def reference_draw(adjusted: Sequence[float], params: SamplingParams, position: 
         return max(range(len(adjusted)), key=lambda t: adjusted[t])
     candidates = sorted(reference_candidates(adjusted, params))
     return max(candidates, key=lambda t: adjusted[t] / params.temperature + reference_noise(params.seed, position, t))
+
+
+def mask_of(tokens: Sequence[int], size: int) -> npt.NDArray[np.int32]:
+    """Words of a mask that permits these tokens."""
+    words = [0] * ((size + 31) // 32)
+    for token in tokens:
+        words[token // 32] |= 1 << token % 32
+    return np.array(words, dtype=np.uint32).view(np.int32)
+
+
+def reference_masked(
+    logits: Sequence[float], among: Sequence[int], params: SamplingParams, num_output: int, eos: Sequence[int]
+) -> list[float]:
+    """A mask and bans: all but what they leave becomes impossible; bans that leave nothing do not count."""
+    too_short = num_output < params.min_tokens
+    banned = {*(eos if params.ignore_eos or too_short else ()), *(params.stop_token_ids if too_short else ())}
+    left = set(among) - banned or set(among)
+    return [logit if token in left else -INF for token, logit in enumerate(logits)]

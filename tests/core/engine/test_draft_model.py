@@ -312,6 +312,7 @@ def test_tokens_that_the_draft_lacks_are_read_as_an_end() -> None:
 
 def context(draft_runner: ModelRunner, tokenizer: FakeTokenizer | None = None) -> ProposerContext:
     return ProposerContext(
+        target="large",
         config=CONFIG,
         model_info=ModelInfo(vocab_size=VOCAB_SIZE, max_model_len=256, eos_token_ids=frozenset({259})),
         tokenizer=FakeTokenizer,
@@ -344,3 +345,24 @@ def test_a_draft_of_another_vocabulary_is_refused_and_released() -> None:
     with pytest.raises(ModelFileError, match=r"draft model 'little' cannot draft .* 256 of their first 260 tokens differ"):
         make(NoSettings(), context(runner, Shifted()))
     assert runner.is_closed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_draft_that_errs_is_right_as_often_as_it_agrees(layout: str) -> None:
+    """It takes another token at every third position; what follows its guess is then no use either."""
+
+    def err(position: int, token: int) -> int:
+        return ord("~") if position % 3 == 0 else token
+
+    runner = Watched(FakeSettings(**LAYOUTS[layout]), CONFIG, err)
+    proposer = proposer_of(runner)
+    sequence = Known("a", prompt(9))
+    said = answer_to(sequence.tokens, 30)
+    accepted = []
+    while len(sequence.tokens) < 36:
+        at = len(sequence.tokens) - 9
+        (draft,) = ask(proposer, (sequence, 4))
+        held = next(i for i, (guess, token) in enumerate(zip(draft, said[at:], strict=False)) if guess != token)
+        sequence.tokens += said[at : at + held + 1]
+        accepted.append(held)
+    assert accepted == [0, *[2] * 9][: len(accepted)]

@@ -17,14 +17,15 @@ from inferflux_core.access.limits.failures import FailureLimit
 from inferflux_core.access.limits.quotas import Demand, Lease, Limiter, LimitRules, LimitTable
 from inferflux_core.access.services import AccessServices
 from inferflux_core.engine.client import EngineClient
-from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.types import EngineRequest
 from inferflux_core.errors import AccessUnavailableError, RateLimitError, RequestError
 from inferflux_core.identity import Principal
 from inferflux_core.models.manager import ModelManager
 from inferflux_core.plugins import load_plugins
 from inferflux_core.serving.generation import Event, GenerationRequest, RequestContext
+from inferflux_core.serving.grammars import RequestGrammars
 from inferflux_core.serving.pipeline import Pipeline
 from inferflux_core.serving.services import ServerState
 from inferflux_core.settings import Settings
@@ -134,7 +135,9 @@ def request(**fields: Any) -> GenerationRequest:
 
 
 @contextlib.asynccontextmanager
-async def standing(table: LimitTable | None = None, **groups: Any) -> AsyncIterator[Stand]:
+async def standing(
+    table: LimitTable | None = None, grammars: RequestGrammars | None = None, **groups: Any
+) -> AsyncIterator[Stand]:
     models = [{"source": "fake", "name": "tiny", "aliases": ["small"]}]
     settings = Settings.model_validate({"models": models, **groups})
     registry, metrics, book, state = load_plugins(), Metrics(), Book(), ServerState()
@@ -159,7 +162,7 @@ async def standing(table: LimitTable | None = None, **groups: Any) -> AsyncItera
     manager = ModelManager(settings, registry, engine)
     await manager.load()
     try:
-        yield Stand(Pipeline(manager, access, metrics, state), book, manager, state, metrics)
+        yield Stand(Pipeline(manager, access, metrics, state, grammars), book, manager, state, metrics)
     finally:
         await manager.stop()
 

@@ -66,6 +66,7 @@ async def test_healthz() -> None:
                 "kv_cache_usage_ratio": 0.5,
                 "restarts": 0,
                 "last_error": None,
+                "speculation": None,
             },
             {
                 "name": "b",
@@ -75,6 +76,7 @@ async def test_healthz() -> None:
                 "kv_cache_usage_ratio": 0.0,
                 "restarts": 4,
                 "last_error": "died",
+                "speculation": None,
             },
         ],
         "audit_log": "off",
@@ -84,6 +86,43 @@ async def test_healthz() -> None:
         assert (await client.get("/healthz")).json()["status"] == "ok"
         s.state.draining = True
         assert (await client.get("/healthz")).json()["status"] == "draining"
+
+
+async def test_healthz_tells_what_speculation_brought() -> None:
+    stats = EngineStats(
+        spec_drafts=8,
+        spec_draft_tokens=24,
+        spec_accepted_tokens=16,
+        spec_draft_tokens_per_pos=[8, 8, 8],
+        spec_accepted_tokens_per_pos=[8, 5, 3],
+    )
+    ngram, silent = FakeModel(stats=stats), FakeModel("b", is_default=False)
+    for model in (ngram, silent):
+        model.details = {"speculation": "ngram"}
+    async with stand(models=FakeModels([ngram, silent])).client() as client:
+        shown = [model["speculation"] for model in (await client.get("/healthz")).json()["models"]]
+    assert shown == [
+        {
+            "method": "ngram",
+            "drafts": 8,
+            "draft_tokens": 24,
+            "accepted_tokens": 16,
+            "acceptance_ratio": 0.6667,
+            "mean_accepted_tokens": 2.0,
+            "draft_tokens_per_position": [8, 8, 8],
+            "accepted_tokens_per_position": [8, 5, 3],
+        },
+        {
+            "method": "ngram",
+            "drafts": 0,
+            "draft_tokens": 0,
+            "accepted_tokens": 0,
+            "acceptance_ratio": None,
+            "mean_accepted_tokens": None,
+            "draft_tokens_per_position": [],
+            "accepted_tokens_per_position": [],
+        },
+    ]
 
 
 async def test_metrics_page() -> None:

@@ -47,9 +47,11 @@ def metrics(model: Model) -> Metrics:
     return metrics
 
 
-def test_the_page_has_exactly_the_catalogue(metrics: Metrics) -> None:
-    finish(metrics)
+def test_the_page_has_exactly_the_catalogue(metrics: Metrics, model: Model) -> None:
+    finish(metrics, num_reasoning=2, num_calls=1)
     metrics.inter_token("tiny", 0.01)
+    metrics.grammar_compiled(0.01, "ok")
+    model.stats = EngineStats(spec_draft_tokens_per_pos=[2, 1], spec_accepted_tokens_per_pos=[1, 0])
     metrics.error("overloaded")
     metrics.queue_rejection("requests")
     metrics.auth_failure("unknown_key")
@@ -157,6 +159,65 @@ def test_engine_counters_never_fall(metrics: Metrics, model: Model) -> None:
         seen.append((values[name], values[steps]))
         assert values['inferflux_requests_running{model="tiny"}'] == generated
     assert seen == [(10, 5), (25, 9), (25, 9), (29, 11), (29, 11), (30, 12)]
+
+
+def test_counters_by_position_never_fall(metrics: Metrics, model: Model) -> None:
+    seen = []
+    for drafts, drafted, accepted in (
+        (0, [], []),
+        (3, [3, 2], [2, 1]),
+        (4, [4, 3, 1], [2, 1, 1]),
+        (0, [], []),  # a new engine
+        (1, [1, 1], [1, 0]),
+        (1, [0, 1, 1, 1], [0, 0, 0, 0]),  # another, which has been faster than the scrapes
+    ):
+        model.stats = EngineStats(spec_drafts=drafts, spec_draft_tokens_per_pos=drafted, spec_accepted_tokens_per_pos=accepted)
+        values = samples(metrics)
+        seen.append(
+            [
+                [values.get(f'inferflux_spec_{kind}_tokens_per_pos_total{{model="tiny",position="{n}"}}') for n in range(4)]
+                for kind in ("draft", "accepted")
+            ]
+            + [values['inferflux_spec_drafts_total{model="tiny"}']]
+        )
+    assert seen == [
+        [[None] * 4, [None] * 4, 0],
+        [[3, 2, None, None], [2, 1, None, None], 3],
+        [[4, 3, 1, None], [2, 1, 1, None], 4],
+        [[4, 3, 1, None], [2, 1, 1, None], 4],
+        [[5, 4, 1, None], [3, 1, 1, None], 5],
+        [[5, 5, 2, 1], [3, 1, 1, 0], 6],
+    ]
+
+
+def test_what_speculation_and_grammars_cost(metrics: Metrics, model: Model) -> None:
+    model.stats = EngineStats(
+        spec_draft_tokens=40, spec_accepted_tokens=30, forced_tokens=7, draft_seconds=0.25, mask_seconds=0.5
+    )
+    metrics.grammar_compiled(0.02, "ok")
+    metrics.grammar_compiled(2.0, "timeout")
+    values = samples(metrics)
+    expected = {
+        'spec_draft_tokens_total{model="tiny"}': 40,
+        'spec_accepted_tokens_total{model="tiny"}': 30,
+        'forced_tokens_total{model="tiny"}': 7,
+        'draft_seconds_total{model="tiny"}': 0.25,
+        'grammar_mask_seconds_total{model="tiny"}': 0.5,
+        'grammar_compile_seconds_sum{outcome="ok"}': 0.02,
+        'grammar_compile_seconds_bucket{le="0.025",outcome="ok"}': 1,
+        'grammar_compile_seconds_count{outcome="timeout"}': 1,
+    }
+    assert {name: values[f"inferflux_{name}"] for name in expected} == expected
+
+
+def test_thoughts_and_calls_of_a_request(metrics: Metrics) -> None:
+    finish(metrics)
+    assert not [name for name in samples(metrics) if name.startswith(("inferflux_reasoning_", "inferflux_tool_calls_"))]
+    finish(metrics, num_reasoning=3, num_calls=2)
+    finish(metrics, num_reasoning=1)
+    values = samples(metrics)
+    assert values['inferflux_reasoning_tokens_total{model="tiny"}'] == 4
+    assert values['inferflux_tool_calls_total{model="tiny"}'] == 2
 
 
 def test_models(metrics: Metrics, model: Model) -> None:

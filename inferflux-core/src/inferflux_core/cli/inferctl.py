@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
 from io import TextIOWrapper
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from inferflux_core.cli.api_errors import ApiError, printable
 from inferflux_core.cli.lazy_group import LazyCommand, LazyGroup
 from inferflux_core.cli.server_options import GlobalOptions, Server, global_options, print_json, server_command
 from inferflux_core.cli.table import print_table
+
+if TYPE_CHECKING:
+    from inferflux_core.cli.server_status import ServerStatus
 
 _LATER = {
     "login": LazyCommand("inferflux_core.cli.login", "login", "Log in to a server through its authorization server."),
@@ -158,12 +161,15 @@ def models(server: Server, /, model_id: str | None) -> None:
 
 
 @inferctl.command()
+@click.option("--speculation", "by_position", is_flag=True, help="Show too how drafts fare by the position in the draft.")
 @server_command
-def status(server: Server, /) -> None:
+def status(server: Server, /, by_position: bool) -> None:
     """Show whether the server is ready, and what its models are doing. Exit code 0 when ready, else 1.
 
     --json prints {"url","reachable","ready","status","version","models":[{"name","state","requests_running",
-    "requests_waiting","kv_cache_usage_ratio","restarts"}],"notes":[...]}.
+    "requests_waiting","kv_cache_usage_ratio","restarts","speculation"}],"notes":[...]}; speculation is null or {"method",
+    "drafts","draft_tokens","accepted_tokens","acceptance_ratio","mean_accepted_tokens","draft_tokens_per_position":[...],
+    "accepted_tokens_per_position":[...]}.
     """
     from inferflux_core.cli.server_status import ask_status
 
@@ -185,8 +191,29 @@ def status(server: Server, /) -> None:
                     for m in found.models
                 ],
             )
+        _print_speculation(found, by_position)
     if not found.ready:
         sys.exit(1)
+
+
+def _print_speculation(found: ServerStatus, by_position: bool) -> None:
+    drafting = [(model, model.speculation) for model in found.models if model.speculation is not None]
+    if drafting:
+        print_table(
+            ("model", "drafts by", "drafted", "accepted", "share", "a draft"),
+            [
+                (m.name, s.method, s.draft_tokens, s.accepted_tokens, s.acceptance_percent(), s.mean_accepted())
+                for m, s in drafting
+            ],
+        )
+    elif by_position and found.models:
+        click.echo("  no model speculates")
+    for model, speculation in drafting if by_position else ():
+        rows = speculation.by_position()
+        if rows:
+            print_table(("position", "drafted", "accepted", "share"), rows, title=f"  drafts of {printable(model.name)}")
+        else:
+            click.echo(f"  {printable(model.name)} has drafted nothing yet")
 
 
 def default_model(client: ApiClient) -> str:

@@ -12,6 +12,48 @@ from inferflux_core.cli.api_errors import ApiError, error_from_response
 LACKING = (404, 405, 501)
 """What servers answer for a route that they do not have."""
 
+SINGLE_POSITIONS = 4
+"""Positions of a draft that are shown one by one."""
+
+
+class SpeculationStatus(msgspec.Struct, kw_only=True):
+    """What speculative decoding has brought a model, as `/healthz` says it; None where it does not say."""
+
+    method: str | None = None
+    drafts: int | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
+    acceptance_ratio: float | None = None  # 0 to 1; before the first draft there is none
+    mean_accepted_tokens: float | None = None  # of a draft
+    draft_tokens_per_position: list[int] = msgspec.field(default_factory=list)
+    accepted_tokens_per_position: list[int] = msgspec.field(default_factory=list)
+
+    def acceptance_percent(self) -> str | None:
+        """Which share of the draft tokens held, for people."""
+        return None if self.acceptance_ratio is None else f"{self.acceptance_ratio:.0%}"
+
+    def mean_accepted(self) -> str | None:
+        """Accepted tokens of a draft, for people."""
+        return None if self.mean_accepted_tokens is None else f"{self.mean_accepted_tokens:.1f}"
+
+    def by_position(self) -> list[tuple[str, int, int, str | None]]:
+        """Positions from the first to the last, as `1` or `5-8`, with their drafted and accepted tokens and the share.
+
+        The first four stand alone, then come ranges that double: a draft may be hundreds of tokens long.
+        """
+        pairs = list(zip(self.draft_tokens_per_position, self.accepted_tokens_per_position, strict=False))
+        rows = []
+        start, width = 0, 1
+        while start < len(pairs):
+            part = pairs[start : start + width]
+            drafted, accepted = sum(pair[0] for pair in part), sum(pair[1] for pair in part)
+            share = f"{accepted / drafted:.0%}" if drafted else None
+            end = start + len(part)
+            rows.append((str(end) if len(part) == 1 else f"{start + 1}-{end}", drafted, accepted, share))
+            start = end
+            width = start if start >= SINGLE_POSITIONS else 1
+        return rows
+
 
 class ModelStatus(msgspec.Struct, kw_only=True):
     """One model of `/healthz`; None where the server does not say."""
@@ -22,6 +64,7 @@ class ModelStatus(msgspec.Struct, kw_only=True):
     requests_waiting: int | None = None
     kv_cache_usage_ratio: float | None = None  # 0 to 1
     restarts: int | None = None
+    speculation: SpeculationStatus | None = None
 
     def kv_cache_percent(self) -> str | None:
         """How full the KV cache is, for people."""

@@ -38,7 +38,7 @@ def make(settings: NoSettings, context: ProposerContext) -> Proposer:
             draft.tokenizer,
             context.tokenizer(),
             draft_name=draft.name,
-            target_name="the model that it drafts for",
+            target_name=context.target,
             sizes=(info.vocab_size, context.model_info.vocab_size),
         )
     except BaseException:

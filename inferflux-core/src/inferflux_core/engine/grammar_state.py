@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,10 +84,8 @@ class GrammarState:
         if self._answer is None:
             return []
         if not self._forced:
-            for token in self._answer.compute_ff_tokens():
-                if token in self._vocabulary.eos_token_ids:
-                    break
-                self._forced.append(token)
+            eos = self._vocabulary.eos_token_ids
+            self._forced = list(itertools.takewhile(lambda token: token not in eos, self._answer.compute_ff_tokens()))
         return self._forced[:at_most]
 
     def allowed(self, draft: Sequence[int]) -> int:
@@ -226,7 +225,6 @@ class GrammarState:
     def _copy(self) -> GrammarState:
         twin = object.__new__(GrammarState)
         twin.__dict__.update(self.__dict__)
-        twin._forced = []
         twin._answer = None if self._answer is None else self._answer.deep_copy()
         twin._opening = None if self._opening is None else self._opening.deep_copy()
         twin._thoughts = None if self._thoughts is None else self._thoughts.copy()
@@ -239,8 +237,10 @@ class GrammarState:
             return token == thoughts.forced()[0]
         if token in self._vocabulary.eos_token_ids:
             return False
-        if answer is None or (thoughts is not None and thoughts.phase is ThoughtPhase.OPEN):
+        if answer is None:
             return True
+        if thoughts is not None and thoughts.phase is ThoughtPhase.OPEN:
+            return token < self._vocabulary.num_known
         if self._opening is not None and self._opening.validate_tokens([token]) == 1:
             return True
         return self._takes_answer and answer.validate_tokens([token]) == 1
@@ -286,7 +286,8 @@ class GrammarState:
             answer = self._answer
             if answer is None:
                 return
-            if rest and not answer.consume_tokens(vocabulary.spell(rest)):
+            spelled = vocabulary.spell(rest) if rest else []
+            if spelled is None or (spelled and not answer.consume_tokens(spelled)):
                 self.fail(_BEHIND_TAG)
             elif answer.is_stopped():
                 self._stopped(answer)

@@ -37,9 +37,15 @@ def make_speculation(
             raise ConfigError(f"speculative.method {speculative.method!r} needs a draft model; set speculative.model")
         backend: Backend = registry.create("backend", draft.backend, draft.backend_settings)
         drafting = backend.runner(draft.files, spec.config)
-        drafting.warm_up()
-        return DraftModel(name=draft.files.ref, runner=drafting, tokenizer=backend.tokenizer(draft.files))
+        try:
+            drafting.warm_up()
+            return DraftModel(name=draft.files.ref, runner=drafting, tokenizer=backend.tokenizer(draft.files))
+        except BaseException:
+            drafting.close()
+            raise
 
-    context = ProposerContext(config=spec.config, model_info=runner.model_info, tokenizer=tokenizer, load_draft=load_draft)
+    context = ProposerContext(
+        target=spec.files.ref, config=spec.config, model_info=runner.model_info, tokenizer=tokenizer, load_draft=load_draft
+    )
     proposer: Proposer = registry.create("proposer", speculative.method, speculative.settings, context)
     return Speculation(proposer, verify_cost.measure(runner, max_draft), max_draft)

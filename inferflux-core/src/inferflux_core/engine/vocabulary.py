@@ -30,8 +30,9 @@ class Vocabulary:
 
     Attributes:
         library: for the library's calls.
+        num_known: ids from here on are no tokens.
         full: mask that permits everything, [words] int32.
-        all_but_eos: mask that permits everything but the end of the sequence.
+        all_but_eos: mask that permits every token of the tokenizer's that does not end a sequence.
 
     Raises:
         ValueError: no token ends a sequence, or the library refuses the vocabulary.
@@ -53,7 +54,11 @@ class Vocabulary:
         wrapper.tokens = wrapper.special_token_ids = ()  # the library has its own copy
         self._controls = frozenset(controls)
         self.full = _bits(size)
-        self.all_but_eos = _without(self.full, self.eos_token_ids)
+        known = np.zeros_like(self.full)
+        self.num_known = min(size, self._tokenizer.vocab_size)
+        bits = _bits(self.num_known)
+        known[: len(bits)] = bits
+        self.all_but_eos = _without(known, self.eos_token_ids)
 
     @property
     def num_words(self) -> int:
@@ -76,10 +81,10 @@ class Vocabulary:
         """Tokens of a text in which the texts of control tokens are these."""
         return self._tokenizer.encode(text, add_special=False, parse_special=True)
 
-    def spell(self, data: bytes) -> list[int]:
-        """Tokens of a text that may begin and end within a code point."""
+    def spell(self, data: bytes) -> list[int] | None:
+        """Tokens of a text that may begin and end within a code point; None if there are none for it."""
         tokens: list[int] = self.library.tokenize_bytes(data)
-        return tokens
+        return tokens if self.library.decode_bytes(tokens) == data else None
 
 
 class _Spelling:
@@ -119,10 +124,9 @@ def _pieces(tokenizer: Tokenizer, size: int, eos_token_ids: frozenset[int]) -> t
     pieces: list[bytes] = []
     controls: list[int] = []
     for token in range(size):
-        known = token < tokenizer.vocab_size
-        piece = _piece(tokenizer, token, False) if known else b""
+        piece = _piece(tokenizer, token, False)
         if token in eos_token_ids or not piece:
-            text = (_piece(tokenizer, token, True) if known else b"") or (b"<eos>" if token in eos_token_ids else b"")
+            text = _piece(tokenizer, token, True) or (b"<eos>" if token in eos_token_ids else b"")
             piece = _CONTROL + text if text else b""
             if piece:
                 controls.append(token)
@@ -133,6 +137,8 @@ def _pieces(tokenizer: Tokenizer, size: int, eos_token_ids: frozenset[int]) -> t
 
 
 def _piece(tokenizer: Tokenizer, token: int, special: bool) -> bytes:
+    if token >= tokenizer.vocab_size:  # a native library may end the process for it
+        return b""
     try:
         return tokenizer.token_bytes(token, special=special)
     except Exception:  # an id that the tokenizer has nothing for, in the way of each library

@@ -8,7 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -19,7 +19,6 @@ from inferflux_core.models.chat_format import ChatFormat
 from inferflux_core.models.reasoning.control import thinking
 
 try:
-    from inferflux_core.models.structured.checker import GrammarChecker
     from inferflux_core.models.structured.format_grammar import grammar_of
     from inferflux_core.models.structured.json_schema import checked_schema
 except ImportError:
@@ -32,6 +31,13 @@ _MAX_KEPT = 256  # grammars
 _MAX_KEPT_CHARACTERS = 64 * 1024  # of each: longer ones are made anew
 
 
+class Checker(Protocol):
+    """Compiles grammars where it can hurt nobody: `GrammarChecker`."""
+
+    async def check(self, grammar: str, *, tenant: str, param: str) -> None:
+        """Raises InvalidRequestError if an engine could not hold a sequence to it, OverloadedError if too many wait."""
+
+
 class RequestGrammars:
     """Makes the grammars of requests.
 
@@ -39,7 +45,7 @@ class RequestGrammars:
         checker: compiles each new grammar before an engine sees it; None where structured output is turned off.
     """
 
-    def __init__(self, settings: StructuredOutputSettings, checker: GrammarChecker | None) -> None:
+    def __init__(self, settings: StructuredOutputSettings, checker: Checker | None) -> None:
         self._settings = settings
         self._checker = checker
         self._made: OrderedDict[bytes, str] = OrderedDict()  # digest of tenant and demand -> grammar that passed its check
@@ -62,8 +68,10 @@ class RequestGrammars:
             raise _turned_off(request)
         # A format is the answer's; an answer that has to be a call is not one.
         answer = None if tools is not None and tools.must_call else request.format
-        name = "" if chat is None or chat.tools is None else chat.tools.name
-        demand = msgspec.json.encode([tenant, name, tokenizer.vocab_size, answer, tools])
+        # What calls look like depends on the template, and on which of the marks are tokens of their own.
+        marks = None if tools is None or chat is None or chat.tools is None else control_tokens(tokenizer, chat.tools.markers)
+        source = "" if tools is None or chat is None else chat.source
+        demand = msgspec.json.encode([tenant, source, marks, answer, tools])
         key = hashlib.blake2b(demand, digest_size=16).digest()
         grammar = self._made.pop(key, None)
         if grammar is None:

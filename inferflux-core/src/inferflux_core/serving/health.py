@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from inferflux_core.engine.types import EngineStats
 from inferflux_core.serving.error_responses import json_response
 from inferflux_core.serving.guard import GuardedRoute, needs, principal_of, public
 from inferflux_core.serving.openai.wire import encode
@@ -43,8 +44,25 @@ class Readiness(msgspec.Struct, frozen=True):
     models: list[ModelReadiness]
 
 
+class SpeculationHealth(msgspec.Struct, frozen=True):
+    """What speculative decoding has brought a model since its engine started.
+
+    `acceptance_ratio` and `mean_accepted_tokens`, accepted tokens of a draft, are null before the first draft. The lists go by
+    the position in a draft, from the first.
+    """
+
+    method: str | None
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    acceptance_ratio: float | None
+    mean_accepted_tokens: float | None
+    draft_tokens_per_position: list[int]
+    accepted_tokens_per_position: list[int]
+
+
 class ModelHealth(msgspec.Struct, frozen=True):
-    """What `/healthz` says of a model."""
+    """What `/healthz` says of a model; `speculation` is null where none is configured."""
 
     name: str
     state: str
@@ -53,6 +71,7 @@ class ModelHealth(msgspec.Struct, frozen=True):
     kv_cache_usage_ratio: float
     restarts: int
     last_error: str | None
+    speculation: SpeculationHealth | None
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -133,4 +152,21 @@ def _model_health(view: ModelView) -> ModelHealth:
         stats.kv_cache_usage,
         view.restarts,
         view.last_error,
+        _speculation_health(view.details.get("speculation"), stats),
+    )
+
+
+def _speculation_health(method: str | None, stats: EngineStats) -> SpeculationHealth | None:
+    if method is None and not stats.spec_drafts:
+        return None
+    drafted, accepted = stats.spec_draft_tokens, stats.spec_accepted_tokens
+    return SpeculationHealth(
+        method,
+        stats.spec_drafts,
+        drafted,
+        accepted,
+        round(accepted / drafted, 4) if drafted else None,
+        round(accepted / stats.spec_drafts, 2) if stats.spec_drafts else None,
+        stats.spec_draft_tokens_per_pos,
+        stats.spec_accepted_tokens_per_pos,
     )

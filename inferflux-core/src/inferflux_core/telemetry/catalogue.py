@@ -16,6 +16,7 @@ TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
 )  # fmt: skip
 POLICY_BUCKETS = (0.000001, 0.00001, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1)
+COMPILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )  # fmt: skip
@@ -31,7 +32,8 @@ class MetricSpec:
         labels: label names.
         description: help text, with the unit.
         buckets: upper bounds of a histogram.
-        stat: field of `EngineStats` that is read at each scrape; None for metrics that the server counts itself.
+        stat: field of `EngineStats` that is read at each scrape; None for metrics that the server counts itself. A field that
+            is a list has the label `position`, its index.
     """
 
     name: str
@@ -44,6 +46,11 @@ class MetricSpec:
 
 def _engine(name: str, kind: Literal["counter", "gauge"], stat: str, description: str) -> MetricSpec:
     return MetricSpec(name=f"inferflux_{name}", type=kind, labels=("model",), description=description, stat=stat)
+
+
+def _per_position(name: str, stat: str, description: str) -> MetricSpec:
+    labels = ("model", "position")
+    return MetricSpec(name=f"inferflux_{name}", type="counter", labels=labels, description=description, stat=stat)
 
 
 def _histogram(name: str, buckets: tuple[float, ...], description: str) -> MetricSpec:
@@ -65,6 +72,22 @@ ENGINE: tuple[MetricSpec, ...] = (
     _engine("engine_step_tokens_total", "counter", "step_tokens", "Tokens computed in all steps, prompt and output."),
     _engine("engine_schedule_seconds_total", "counter", "schedule_seconds", "Seconds spent planning steps."),
     _engine("engine_model_seconds_total", "counter", "model_seconds", "Seconds spent in the model's forward passes."),
+    _engine("spec_drafts_total", "counter", "spec_drafts", "Drafts of speculative decoding that were verified."),
+    _engine("spec_draft_tokens_total", "counter", "spec_draft_tokens", "Draft tokens that were verified."),
+    _engine("spec_accepted_tokens_total", "counter", "spec_accepted_tokens", "Draft tokens that held."),
+    _per_position(
+        "spec_draft_tokens_per_pos_total",
+        "spec_draft_tokens_per_pos",
+        "Draft tokens that were verified, by their position in the draft from 0.",
+    ),
+    _per_position(
+        "spec_accepted_tokens_per_pos_total",
+        "spec_accepted_tokens_per_pos",
+        "Draft tokens that held, by their position in the draft from 0.",
+    ),
+    _engine("draft_seconds_total", "counter", "draft_seconds", "Seconds spent proposing draft tokens."),
+    _engine("forced_tokens_total", "counter", "forced_tokens", "Tokens that a grammar left no choice about."),
+    _engine("grammar_mask_seconds_total", "counter", "mask_seconds", "Seconds steps waited for the masks of grammars."),
 )
 
 MODEL: tuple[MetricSpec, ...] = (
@@ -97,6 +120,25 @@ SERVER: tuple[MetricSpec, ...] = (
     _histogram("request_queue_time_seconds", REQUEST_BUCKETS, "Seconds a request waited to be scheduled."),
     _histogram("request_prefill_time_seconds", REQUEST_BUCKETS, "Seconds from being scheduled to the first token."),
     _histogram("request_decode_time_seconds", REQUEST_BUCKETS, "Seconds from the first token to the last."),
+    MetricSpec(
+        name="inferflux_reasoning_tokens_total",
+        type="counter",
+        labels=("model",),
+        description="Tokens drawn that were thoughts.",
+    ),
+    MetricSpec(
+        name="inferflux_tool_calls_total",
+        type="counter",
+        labels=("model",),
+        description="Calls of tools that models began to write.",
+    ),
+    MetricSpec(
+        name="inferflux_grammar_compile_seconds",
+        type="histogram",
+        labels=("outcome",),
+        buckets=COMPILE_BUCKETS,
+        description="Seconds to check a grammar that was not known yet; outcome is `ok`, `refused`, `timeout` or `busy`.",
+    ),
     MetricSpec(name="inferflux_errors_total", type="counter", labels=("reason",), description="Failed requests by error code."),
     MetricSpec(
         name="inferflux_client_disconnects_total",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -34,20 +35,22 @@ class _Totals:
     """Counters of one model over all its engine processes.
 
     A new engine process counts from zero. What the dead one had counted is kept as an offset, so that the exported
-    counters never fall. The sign of a new process is a counter that fell since the last look.
+    counters never fall. The sign of a new process is a counter that fell since the last look. A counter by position is a
+    list, which may grow from one look to the next.
     """
 
     def __init__(self) -> None:
-        self._offset = dict.fromkeys(_COUNTED, 0.0)
-        self._last = dict.fromkeys(_COUNTED, 0.0)
+        self._offset: dict[str, list[float]] = {name: [] for name in _COUNTED}
+        self._last: dict[str, list[float]] = {name: [] for name in _COUNTED}
 
-    def update(self, stats: EngineStats) -> dict[str, float]:
-        current = {name: float(getattr(stats, name)) for name in _COUNTED}
-        if any(current[name] < self._last[name] for name in _COUNTED):
+    def update(self, stats: EngineStats) -> dict[str, list[float]]:
+        """What each counter has come to; one number, or one a position."""
+        current = {name: _numbers(getattr(stats, name)) for name in _COUNTED}
+        if any(_fell(current[name], self._last[name]) for name in _COUNTED):
             for name in _COUNTED:
-                self._offset[name] += self._last[name]
+                self._offset[name] = _sum(self._offset[name], self._last[name])
         self._last = current
-        return {name: self._offset[name] + current[name] for name in _COUNTED}
+        return {name: _sum(self._offset[name], current[name]) for name in _COUNTED}
 
 
 class EngineCollector(Collector):
@@ -70,9 +73,11 @@ class EngineCollector(Collector):
             assert spec.stat is not None
             family = _family(spec)
             for model, stats in models:
-                counted = spec.type == "counter"
-                value = totals[model.name][spec.stat] if counted else float(getattr(stats, spec.stat))
-                family.add_metric([model.name], value)
+                if spec.type == "gauge":
+                    family.add_metric([model.name], float(getattr(stats, spec.stat)))
+                    continue
+                for position, value in enumerate(totals[model.name][spec.stat]):
+                    family.add_metric([model.name, str(position)] if "position" in spec.labels else [model.name], value)
             families.append(family)
         return families + self._model_families([model for model, _ in models])
 
@@ -90,3 +95,15 @@ class EngineCollector(Collector):
 def _family(spec: MetricSpec) -> CounterMetricFamily | GaugeMetricFamily:
     family = CounterMetricFamily if spec.type == "counter" else GaugeMetricFamily
     return family(spec.name, spec.description, labels=spec.labels)
+
+
+def _numbers(value: float | list[int]) -> list[float]:
+    return [float(number) for number in value] if isinstance(value, list) else [float(value)]
+
+
+def _fell(current: list[float], last: list[float]) -> bool:
+    return any(now < before for now, before in zip_longest(current, last, fillvalue=0.0))
+
+
+def _sum(one: list[float], other: list[float]) -> list[float]:
+    return [left + right for left, right in zip_longest(one, other, fillvalue=0.0)]

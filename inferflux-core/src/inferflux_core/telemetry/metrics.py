@@ -67,6 +67,8 @@ class Metrics:
         queue_time: float | None,
         num_generated: int,
         decode_time: float | None,
+        num_reasoning: int = 0,
+        num_calls: int = 0,
     ) -> None:
         """Count a request that the pipeline took, however it ended.
 
@@ -80,9 +82,15 @@ class Metrics:
             queue_time: seconds from arrival until the engine first scheduled it; None if it never did.
             num_generated: tokens drawn, all choices together.
             decode_time: seconds from the first token to the last; None if there was none.
+            num_reasoning: how many of the tokens were thoughts.
+            num_calls: calls of tools that were begun, all choices together.
         """
         name = self._model_label(model)
         self._count("inferflux_requests_total", endpoint, str(status), finish_reason)
+        if num_reasoning:
+            self._counters["inferflux_reasoning_tokens_total"].labels(name).inc(num_reasoning)
+        if num_calls:
+            self._counters["inferflux_tool_calls_total"].labels(name).inc(num_calls)
         if status == 200:
             self._observe("inferflux_request_duration_seconds", name, duration)
         if queue_time is not None:
@@ -116,6 +124,11 @@ class Metrics:
             if label == model:  # never remember names that are not configured: there is no end of them
                 self._inter_token[model] = child
         child.observe(seconds)
+
+    def grammar_compiled(self, seconds: float, outcome: str) -> None:
+        """Observe how long it took to check a grammar that no cache knew, and what came of it: `ok`, `refused`, `timeout` or
+        `busy`."""
+        self._histograms["inferflux_grammar_compile_seconds"].labels(outcome).observe(seconds)
 
     def error(self, reason: str) -> None:
         """Count a failed request by its error code."""

@@ -53,7 +53,10 @@ class BackendConformance(ABC):
         defaults: dict[str, object] = {"max_num_seqs": self.num_seqs, "max_num_batched_tokens": 256, "max_model_len": 256}
         return EngineConfig(**{**defaults, **changes})  # type: ignore[arg-type]  # keywords of the dataclass
 
-    def driver(self, speculation: Speculation | None = None, **changes: object) -> EngineDriver:
+    def driver(self, **changes: object) -> EngineDriver:
+        return self.speculating(None, **changes)
+
+    def speculating(self, speculation: Speculation | None, **changes: object) -> EngineDriver:
         config = self.config(**changes)
         runner = self.make_runner(config)
         constraints = TokenSets(runner.model_info.vocab_size) if runner.caps.grammar else None
@@ -209,7 +212,7 @@ class BackendConformance(ABC):
         """The prompts together, with drafts of the expected answers, some of their tokens wrong."""
         known = [(prompt, answer.token_ids) for prompt, answer in zip(prompts, expected, strict=True)]
         proposer = ScriptedDrafts(known, wrong_every=wrong_every, length=5)
-        driver = self.driver(proposer.always())
+        driver = self.speculating(proposer.always())
         params = {"max_tokens": self.output_tokens, "logprobs": 5 if self.logprob_noise else None, **params}
         try:
             answers = driver.generate(*(make_request(p, **params) for p in prompts))
@@ -236,7 +239,7 @@ class BackendConformance(ABC):
         prompt = list(self.prompt(40, 1))
         expected = self.one_by_one([prompt], ignore_eos=True)[0]
         drafts = ScriptedDrafts([(prompt, expected.token_ids)], wrong_every=2)
-        driver = self.driver(drafts.always())
+        driver = self.speculating(drafts.always())
         answer = driver.generate(make_request(prompt, max_tokens=self.output_tokens, ignore_eos=True))[0]
         turn = prompt + answer.token_ids + list(self.prompt(12, 2))
         again = driver.generate(make_request(turn, max_tokens=self.output_tokens))[0]

@@ -159,6 +159,13 @@ def test_what_a_grammar_lets_through(case, changes, text, refused):
         assert matcher.validate_tokens(list(allowed + refused.encode())) < len(allowed + refused.encode())
 
 
+def test_no_more_calls_than_a_client_can_want():
+    calls = "\n".join([PING] * MAX_PARALLEL_CALLS)
+    matcher = matcher_of("hermes", must_call=True)
+    assert matcher.consume_tokens(list(calls.encode()))
+    assert matcher.is_stopped()
+
+
 def test_tokens_and_spelt_marks_both_begin_calls():
     matcher = matcher_of("hermes", with_tokens=True, strict=True)
     for begin in ([256], list(b"<tool_call>")):

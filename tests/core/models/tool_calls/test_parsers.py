@@ -37,6 +37,10 @@ GET = Call(0, "get", '{"a": 1}')
         ("hermes", '<tool_call>{"name": "calc", "arguments": {"n": 1' + "0" * 5000 + "}}",
          [Call(0, "calc", '{"n": 1' + "0" * 5000 + "}")]),
         ("llama3", '{"name": "get", "parameters": {"a": 1}}', [GET]),
+        ("llama3", '{"name": "ping", "parameters": null}', [Call(0, "ping", "{}")]),
+        ("llama3", '{"parameters": null, "name": "ping"}', [Call(0, "ping", "{}")]),
+        ("hermes", '<tool_call>{"name": "get", "arguments": "Paris <tool_call>{"name": "ping"}',
+         ['<tool_call>{"name": "get", "arguments": "Paris', Call(0, "ping", "{}")]),
         ("llama3", '\n<|python_tag|>{"type": "function", "name": "get", "parameters": {"a": 1}}', [GET]),
         ("llama3", '{"name": "get", "parameters": {"a": 1}}; {"name": "ping", "parameters": {}}\n'
          '{"name": "ping", "arguments": {}}',
@@ -83,6 +87,7 @@ def test_calls_are_found(case, text, expected):
         ("mistral", '[TOOL_CALLS]nobody[ARGS]{"a": 1}'),
         ("mistral", "[TOOL_CALLS] [1, 2]"),
         ("mistral", "[TOOL_CALLS]" + "x" * 5000 + "{}"),
+        ("mistral", "[TOOL_CALLS]get" + " " * 600 + "{}"),
         ("gemma", "```python\nprint(1)\n```"),
         ("gemma-function", "<start_function_call>call:nobody{a:1}<end_function_call>"),
         ("gemma-4", "<|tool_call>get{}<tool_call|>"),
@@ -110,7 +115,13 @@ def test_what_is_no_call_is_content_unchanged(case, text):
         ("llama3", '{"name": "get", "parameters": {"a": 1}}; {"name"', [GET, '; {"name"']),
         ("mistral", '[TOOL_CALLS] [{"name": "get", "arguments": {"a": 1}}, ', [GET]),
         ("mistral-v13", "[TOOL_CALLS]get[ARGS]{", [Call(0, "get", "{", True)]),
+        ("hermes", '<tool_call>{"name": "get", "arguments": "{x\\"a\\": 1}"}', [Call(0, "get", '{x"a": 1}', True)]),
+        ("hermes", '<tool_call>{"name": "get", "arguments": "{} x"}', [Call(0, "get", "{} x", True)]),
         ("gemma-4", '<|tool_call>call:get{a:<|"|>x<|', [Call(0, "get", '{"a":"x', True)]),
+        ("gemma-4", "<|tool_call>call:get{a:[1}", [Call(0, "get", '{"a":[1', True), "}"]),
+        ("gemma-4", "<|tool_call>call:get{a,b:1}", [Call(0, "get", "{a", True), ",b:1}"]),
+        ("gemma-4", "<|tool_call>call:get{a:Par", [Call(0, "get", '{"a":Par', True)]),
+        ("gemma-4", '<|tool_call>call:get{a:"\\x"}', [Call(0, "get", '{"a":"\\x', True), '"}']),
     ],
 )  # fmt: skip
 def test_answers_that_end_or_break_within_a_call(case, text, expected):

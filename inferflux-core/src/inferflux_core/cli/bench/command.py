@@ -122,9 +122,10 @@ def bench(
       json           a text to answer as an array of objects, by a json_schema in response_format (60 tokens; 64)
       json-new       like json, but each request has a schema that no one has had before (60 tokens; 64)
 
-    To compare settings of one server, give its --url twice, with a --name and a --body each; cache_salt then keeps one
+    To compare settings of one server, give its --url twice, with a --name and a --body each; a cache_salt then keeps one
     from finding its prompts in the other's cache. In a --body null takes away what the workload says:
-    {"response_format": null} for json without the schema, {"num_speculative_tokens": 0} for no drafts. What was drafted and accepted is read from /metrics of InferFlux and vLLM, before and after each turn.
+    {"response_format": null} for json without the schema, {"num_speculative_tokens": 0} for no drafts. What was drafted and
+    accepted is read from /metrics of InferFlux and vLLM, before and after each turn.
 
     A time to first token (TTFT) or latency counts from the sending, with --rate from the scheduled arrival. A gap is the
     time between two arrivals of text within an answer.

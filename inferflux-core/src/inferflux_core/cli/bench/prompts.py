@@ -33,7 +33,7 @@ over past since through toward under until upon within without because although 
 slowly often always never perhaps almost already together again quickly finally nearly rather simply clearly certainly
 """
 _WORDS = _VOCABULARY.split()
-_NAMES = tuple(word for word in _WORDS if len(word) > 3)
+_NAMES = tuple(dict.fromkeys(word for word in _WORDS if len(word) > 3))
 
 
 def sentences(rng: random.Random, tokens: int) -> str:
@@ -55,7 +55,7 @@ def copying(rng: random.Random, tokens: int) -> str:
     """A prompt with a file of about `tokens` tokens, of which the rest is to be repeated after an edit near its top."""
     lines = _settings_file(rng, tokens)
     name = lines[1].partition(" = ")[0]
-    edited = str(rng.randrange(1000))
+    edited = _value(rng)
     begun = [lines[0], f"{name} = {edited}", *lines[2 : 1 + COPIED_SETTINGS]]
     whole = "\n".join(lines)
     return (
@@ -104,5 +104,9 @@ def _settings_file(rng: random.Random, tokens: int) -> list[str]:
     lines = ["# settings of the service"]
     for index in range(count):
         first, second = names[2 * index % len(names)], names[(2 * index + 1) % len(names)]
-        lines.append(f'{first}_{second} = "{" ".join(rng.sample(_NAMES, 3))}"')
+        lines.append(f"{first}_{second} = {_value(rng)}")
     return lines
+
+
+def _value(rng: random.Random) -> str:
+    return f'"{" ".join(rng.sample(_NAMES, 3))}"'

@@ -230,13 +230,13 @@ class _Together:
         return live
 
 
-def common_text(*languages: Language) -> str | None:
-    """The shortest text in all of them; None if there is none.
+def common_text(inside: Sequence[Language], outside: Sequence[Language] = ()) -> str | None:
+    """The shortest text in all of `inside` and in none of `outside`; None if there is none.
 
     Raises:
         TooComplexError: it cannot be told within bounds.
     """
-    return _Together(languages, all).shortest()
+    return _together(inside, outside).shortest()
 
 
 def common_pattern(inside: Sequence[Language], outside: Sequence[Language]) -> Tree | None:
@@ -245,8 +245,12 @@ def common_pattern(inside: Sequence[Language], outside: Sequence[Language]) -> T
     Raises:
         TooComplexError: it would be too large.
     """
+    return _together(inside, outside).tree()
+
+
+def _together(inside: Sequence[Language], outside: Sequence[Language]) -> _Together:
     count = len(inside)
-    return _Together([*inside, *outside], lambda found: all(found[:count]) and not any(found[count:])).tree()
+    return _Together([*inside, *outside], lambda found: all(found[:count]) and not any(found[count:]))
 
 
 def _classes(sets: list[Ranges]) -> list[Ranges]:

@@ -388,3 +388,15 @@ def write(tree: Tree) -> str:
 def _code_text(code: int) -> str:
     char = chr(code)
     return char if char.isascii() and (char.isalnum() or char in " _,:;@!%=<>'\"") else f"\\x{{{code:X}}}"
+
+
+def ranges_of(tree: Tree) -> Ranges:
+    """All characters that occur in a match; those of named classes count as all."""
+    match tree:
+        case Chars(ranges, named):
+            return ANY.ranges if named else ranges
+        case Sequence(parts) | Either(parts):
+            return union(*map(ranges_of, parts))
+        case Repeat(part):
+            return ranges_of(part)
+    return ()

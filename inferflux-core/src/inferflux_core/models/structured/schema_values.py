@@ -12,7 +12,7 @@ from inferflux_core.models.structured.pattern_syntax import PatternError, parse
 from inferflux_core.models.structured.schema_document import Refused, Schema, SchemaDocument
 from inferflux_core.models.structured.string_formats import format_pattern
 
-_MAX_STEPS: Final = 200_000
+_MAX_STEPS: Final = 300_000
 
 
 class Unsure(Exception):
@@ -36,6 +36,8 @@ def type_of(value: Any) -> str:
 
 def key_of(value: Any) -> str:
     """Equal for values that JSON Schema calls equal: 1 is 1.0, and true is not 1."""
+    if isinstance(value, str):
+        return '"' + value
     return json.dumps(_exact(value), sort_keys=True, ensure_ascii=False)
 
 
@@ -83,7 +85,8 @@ class Validator:
         self._document = document
         self._patterns = patterns
         self._steps = 0
-        self._path: set[tuple[int, str]] = set()
+        self._path: set[tuple[int, int]] = set()
+        self._listed: dict[int, frozenset[str]] = {}  # identity of a schema -> keys of its `enum`
 
     def holds(self, value: Any, schema: Schema) -> bool:
         """Raises Unsure, or Refused for a reference that leads nowhere."""
@@ -92,7 +95,7 @@ class Validator:
         self._steps += 1
         if self._steps > _MAX_STEPS:
             raise Unsure
-        key = id(schema), key_of(value)
+        key = id(schema), id(value)
         if key in self._path:
             raise Refused(self._document.pointer(schema), "$ref", "refers to itself without anything in between")
         self._path.add(key)
@@ -110,8 +113,11 @@ class Validator:
                 raise Unsure
         if "const" in schema and key_of(value) != key_of(schema["const"]):
             return False
-        if "enum" in schema and key_of(value) not in map(key_of, schema["enum"]):
-            return False
+        if "enum" in schema:
+            if id(schema) not in self._listed:
+                self._listed[id(schema)] = frozenset(map(key_of, schema["enum"]))
+            if key_of(value) not in self._listed[id(schema)]:
+                return False
         if not all(self.holds(value, part) for part in schema.get("allOf", ())):
             return False
         if "anyOf" in schema and not any(self.holds(value, part) for part in schema["anyOf"]):

@@ -67,6 +67,9 @@ class CallReader(ABC):
             where the call ended or went wrong; the end of the text while the status is READING.
         """
 
+    def finish(self) -> None:  # noqa: B027  # most readers hold nothing back
+        """The text has ended: arguments that could not be judged are passed on as they are."""
+
     def take(self) -> str:
         """The arguments that were read since the last time."""
         text = "".join(self._arguments)

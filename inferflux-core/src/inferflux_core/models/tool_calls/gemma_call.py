@@ -75,6 +75,11 @@ class GemmaCall(CallReader):
             at = self._step(text, at)
         return base + at
 
+    def finish(self) -> None:
+        if self._expect in (_Expect.IN_KEY, _Expect.IN_BARE, _Expect.IN_PLAIN_STRING):
+            opening = '"' if self._expect is _Expect.IN_PLAIN_STRING else ""
+            self._arguments.append(opening + "".join(self._pieces))
+
     def _read_head(self, text: str, at: int) -> int:
         known = len(self._head)
         self._head += text[at : at + _MAX_HEAD + 1 - known]
@@ -191,6 +196,7 @@ class GemmaCall(CallReader):
         try:
             value = json.loads('"' + "".join(self._pieces) + '"', strict=False)
         except ValueError:
+            self.finish()
             return self._fail(end)
         self._arguments.append(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode())
         self._expect = _Expect.COMMA_OR_END
@@ -206,6 +212,7 @@ class GemmaCall(CallReader):
         value = "".join(self._pieces).strip(SPACE)
         if is_key:
             if match.group() != ":":
+                self._arguments.append(value)
                 return self._fail(end)
             self._arguments.append(json.dumps(value.strip("\"'"), ensure_ascii=False))
             self._expect = _Expect.COLON

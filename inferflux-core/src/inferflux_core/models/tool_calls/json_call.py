@@ -145,7 +145,7 @@ class JsonCall(CallReader):
             try:
                 at = self._inner.copy(text, 0, 0, self._arguments)
             except NotJsonError as error:
-                at, self._is_spoilt = error.at, True
+                at = error.at  # and the rest, which is more than white space, spoils it
         if rest := text[at:]:
             self._is_spoilt = self._is_spoilt or bool(rest.strip(SPACE))
             self._arguments.append(rest)

@@ -73,6 +73,7 @@ class ToolParser(ABC):
         else:
             if not self._announced:
                 self._begin(call)
+            call.finish()
             self._pass_on(call.take(), incomplete=not call.arguments_complete)
         self._call, self._held = None, ""
         if not self._behind_call:

@@ -27,9 +27,7 @@ _SHORT_ID = re.compile(r"[0-9A-Za-z]{9}")
 _NO_SYSTEM = re.compile(r"system role (?:is )?not supported", re.IGNORECASE)
 
 
-def with_tools(
-    prompt: ChatPrompt, request: ToolRequest | None, format: ToolFormat, template: str | None
-) -> ChatPrompt:
+def with_tools(prompt: ChatPrompt, request: ToolRequest | None, format: ToolFormat, template: str | None) -> ChatPrompt:
     """The prompt, as this model's chat template can show it, with its tools.
 
     Args:
