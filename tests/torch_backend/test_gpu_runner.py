@@ -10,6 +10,7 @@ pytest.importorskip("torch", reason="the torch backend is not installed")
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from inferflux_backend_torch.graphs import NoRecorder
@@ -20,9 +21,10 @@ from inferflux_backend_torch.loading import Loaded
 from inferflux_backend_torch.ops import TorchOps
 from inferflux_backend_torch.runner import TorchRunner
 from inferflux_backend_torch.settings import TorchSettings
-from inferflux_core.engine.types import EngineRequest
+from inferflux_core.engine.types import EngineRequest, GrammarMask, SamplingParams
 from inferflux_core.interfaces import EngineConfig, ModelInfo, ModelRunner
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
+from torch_backend.draft_case import generate
 from torch_backend.reference_step import open_checkpoint, read_config
 from torch_backend.tiny_models import RECIPES, build
 from torch_backend.triton_interpreter import isolate, triton_ops
@@ -94,6 +96,30 @@ def test_it_answers_as_the_plain_runner_does(model: Model, graphs: bool, one_ahe
         assert answer.token_ids == reference.token_ids
         assert answer.finish_reason == reference.finish_reason
         assert [entry.logprob for entry in answer.logprobs] == pytest.approx([e.logprob for e in reference.logprobs], abs=1e-4)
+
+
+def test_drafts_and_masks_change_what_they_change_in_the_plain_runner(model: Model) -> None:
+    """Drafts no token, masks the same tokens; and a step with drafts goes beside the recorded ones."""
+    from inferflux_backend_torch.gpu_runner import GpuRunner
+
+    settings = TorchSettings(cuda_graphs=True, async_scheduling=True)
+    runner = GpuRunner(model.loaded(triton_ops.TritonOps(num_sms=2)), settings, CONFIG, recorder=NoRecorder())
+    plain = TorchRunner(model.loaded(TorchOps()), CONFIG)
+    vocab_size = plain.model_info.vocab_size
+    odd = np.full((4, -(-vocab_size // 32)), 0xAAAAAAAA, dtype=np.uint32).view(np.int32)
+    mask = {count: GrammarMask(odd, {0: 0}) for count in range(9)}
+    sequences = [
+        ([9, 8, 7], SamplingParams(max_tokens=9, temperature=1.0, seed=3, logprobs=1)),
+        (list(range(11)), SamplingParams(max_tokens=7, temperature=0.0)),
+        ([1, 2], SamplingParams(max_tokens=8, temperature=0.8, seed=5, presence_penalty=0.3)),
+    ]
+    expected = generate(plain, sequences, mask=mask)
+    assert all(token % 2 for token in expected[0].drawn)
+    ours = generate(runner, sequences, [run.drawn for run in expected], most=3, mask=mask)
+    assert [run.drawn for run in ours] == [run.drawn for run in expected]
+    assert {0, 1, 3} <= {held for run in ours for held in run.drafts}
+    for run, reference in zip(ours, expected, strict=True):
+        assert [e.logprob for e in run.logprobs] == pytest.approx([e.logprob for e in reference.logprobs], abs=1e-4)
 
 
 isolate(globals())

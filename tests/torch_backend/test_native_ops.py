@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -29,7 +30,7 @@ levels = st.sampled_from(LEVELS)
 
 # (computed before, tokens now): single tokens, small and large chunks, deep and from the start; over a segment of the kernel.
 _SEQUENCES = st.lists(
-    st.tuples(st.sampled_from((0, 1, 15, 16, 63, 255, 256, 257, 600)), st.sampled_from((1, 2, 8, 9, 40))),
+    st.tuples(st.sampled_from((0, 1, 15, 16, 63, 255, 256, 257, 600)), st.sampled_from((1, 2, 5, 8, 9, 40, 49))),
     min_size=1,
     max_size=5,
 )
@@ -82,6 +83,20 @@ def test_rotation_cache_and_attention(case: AttentionCase, level: int) -> None:
         reference.attention(expected.qkv, expected.layer, expected.inputs, expected.cache),
         case.dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("before", "count"), [(600, 8), (200, 31), (300, 24)])
+def test_drafts_are_rounded_as_single_tokens_are(dtype: torch.dtype, before: int, count: int) -> None:
+    """So that verified tokens are those of plain decoding, to the bit, as far as products of matrices are."""
+    step = build(AttentionCase(sequences=((before, count),), head_dim=64, dtype=dtype, seed=3))
+    native = NativeOps(dtype)
+    native.rope_and_cache(step.qkv, step.layer, step.inputs, step.cache)
+    together = native.attention(step.qkv, step.layer, step.inputs, step.cache)
+    for i in range(count):
+        inputs = replace(step.inputs, host_query_start=[0, 1], host_seq_lens=[before + i + 1])
+        alone = native.attention(step.qkv[i : i + 1].clone(), step.layer, inputs, step.cache)
+        assert torch.equal(alone, together[i : i + 1])
 
 
 def test_odd_heads_of_bfloat16_are_normed_in_float32() -> None:

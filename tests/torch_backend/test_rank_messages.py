@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import socket
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inferflux_backend_torch.follower_process import follow
-from inferflux_backend_torch.rank_messages import TO_FOLLOWER, Channel, Plan, WarmUp, encode
-from inferflux_core.engine.types import ModelRunnerOutput, PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit
-from inferflux_core.interfaces import Capabilities, GrammarMask, ModelRunner, Ticket
+from inferflux_backend_torch.rank_messages import TO_FOLLOWER, Channel, Plan, Sample, WarmUp, encode
+from inferflux_core.engine.types import (
+    GrammarMask,
+    ModelRunnerOutput,
+    PagedOps,
+    Row,
+    SamplingParams,
+    SchedulerOutput,
+    SequenceInit,
+)
+from inferflux_core.interfaces import Capabilities, ModelRunner, Ticket
 
 ids = st.integers(0, 2**20)
 rows = st.builds(
@@ -65,6 +74,29 @@ def test_half_a_message_is_the_end(plan: SchedulerOutput, data: st.DataObject) -
     theirs.close()
 
 
+@given(st.none() | st.tuples(st.integers(1, 5), st.integers(1, 70), st.dictionaries(ids, ids), st.integers(0, 2**31)))
+def test_masks_survive_the_way(sent: tuple[int, int, dict[int, int], int] | None) -> None:
+    mask = None
+    if sent is not None:
+        count, words, first, seed = sent
+        bits = np.random.default_rng(seed).integers(-(2**31), 2**31, (count, words), dtype=np.int64).astype(np.int32)
+        mask = GrammarMask(bits, first)
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    ours.send(Sample.of(mask))
+    message = theirs.receive(TO_FOLLOWER)
+    ours.close()
+    theirs.close()
+    assert isinstance(message, Sample)
+    arrived = message.mask()
+    if mask is None:
+        assert arrived is None
+    else:
+        assert arrived is not None
+        assert arrived.bits.dtype == np.int32
+        assert np.array_equal(arrived.bits, mask.bits)
+        assert arrived.first == mask.first
+
+
 class Scripted(ModelRunner):
     """Writes down what is asked of it."""
 
@@ -80,7 +112,8 @@ class Scripted(ModelRunner):
         return Ticket(plan)
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
-        self.calls.append(f"sample {ticket.plan.step}")
+        of = "" if mask is None else f" of {mask.bits.tolist()}"
+        self.calls.append(f"sample {ticket.plan.step}{of}")
 
     def collect(self, ticket: Ticket) -> ModelRunnerOutput:
         self.calls.append(f"collect {ticket.plan.step}")
@@ -92,8 +125,8 @@ class Scripted(ModelRunner):
 @pytest.mark.parametrize(
     ("depth", "calls"),
     [
-        (1, "warm up, launch 1, sample 1, collect 1, launch 2, sample 2, collect 2"),
-        (2, "warm up, launch 1, sample 1, launch 2, collect 1, sample 2, collect 2"),
+        (1, "warm up, launch 1, sample 1, collect 1, launch 2, sample 2 of [[5, -1]], collect 2"),
+        (2, "warm up, launch 1, sample 1, launch 2, collect 1, sample 2 of [[5, -1]], collect 2"),
     ],
 )
 def test_followers_make_an_engines_calls(depth: int, calls: str) -> None:
@@ -101,6 +134,8 @@ def test_followers_make_an_engines_calls(depth: int, calls: str) -> None:
     ours.send(WarmUp())
     for step in (1, 2):
         ours.send(Plan.of(SchedulerOutput(step=step, rows=[], num_tokens=0)))
+        mask = None if step == 1 else GrammarMask(np.array([[5, -1]], dtype=np.int32), {0: 0})
+        ours.send(Sample.of(mask))
     ours.end()
     runner = Scripted(depth)
     follow(runner, theirs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -34,6 +36,15 @@ def test_rows_become_one_flat_batch() -> None:
     assert inputs.block_table.tolist() == [[5, 3], [7, 0]]
     assert inputs.logits_indices.tolist() == [3]
     assert (inputs.num_decodes, inputs.max_query_len, inputs.max_seq_len) == (1, 3, 6)
+
+
+def test_logits_are_wanted_of_drafts_and_of_the_token_before_them() -> None:
+    steps = HostSteps(max_num_seqs=4, max_model_len=32, block_size=4, device=CPU)
+    rows = [row(2, 0, [10], (5,)), row(0, 0, [20, 21, 22, 23], (7,)), row(3, 0, [30, 31, 32], (8,))]
+    rows[1].n_draft = 2
+    rows[2].n_draft = 2
+    assert steps.inputs(rows, [2, 0, 1]).logits_indices.tolist() == [5, 6, 7, 0, 2, 3, 4]
+    assert steps.inputs([replace(one, kv=PagedOps()) for one in rows], [1]).logits_indices.tolist() == [2, 3, 4]
 
 
 def test_a_new_sequence_begins_with_an_empty_table() -> None:

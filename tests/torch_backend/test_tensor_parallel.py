@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("torch", reason="the torch backend needs torch")
 pytest.importorskip("transformers", reason="transformers builds the models")
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -42,6 +43,7 @@ from inferflux_core.interfaces import (
 from inferflux_core.models.sources import PathSource
 from inferflux_core.testing.conformance import BackendConformance
 from inferflux_core.testing.driver import Answer, EngineDriver, make_request
+from torch_backend.draft_case import generate
 from torch_backend.tiny_models import VOCAB, tiny_files
 
 pytestmark = [
@@ -187,6 +189,20 @@ def test_two_ranks_answer_as_one(pair: TensorParallelRunner, llama: ModelFiles) 
     assert [len(answer.token_ids) for answer in ours] == [24, 16, 16, 16, 9]
     assert [len(answer.logprobs) for answer in ours] == [0, 16, 0, 16, 0]
     assert_same(ours, answers(start(llama, size=1)))
+
+
+def test_two_ranks_verify_drafts_and_keep_to_masks(pair: TensorParallelRunner, llama: ModelFiles) -> None:
+    odd = np.full((5, -(-VOCAB // 32)), 0xAAAAAAAA, dtype=np.uint32).view(np.int32)
+    mask = {count: GrammarMask(odd, {0: 0}) for count in range(20)}
+    sequences = [
+        (prompt(12, 1), SamplingParams(max_tokens=20, temperature=1.0, seed=4, logprobs=1)),
+        (prompt(5, 2), SamplingParams(max_tokens=20, temperature=0.0)),
+    ]
+    alone = generate(start(llama, size=1), sequences, mask=mask)
+    ours = generate(pair, sequences, [run.drawn for run in alone], most=4, mask=mask)
+    assert [run.drawn for run in ours] == [run.drawn for run in alone]
+    assert all(token % 2 for token in ours[0].drawn)
+    assert max(ours[1].drafts) == 4
 
 
 def test_three_ranks_with_norms_and_experts_of_which_each_holds_a_part(root: Path) -> None:

@@ -66,6 +66,7 @@ def test_steps_are_the_host_s(seed: int, chunk: int) -> None:
             blocks = tuple(free.pop() for _ in range(-(-(start + n) // 8) - held))
             lengths[slot] = start + n
             rows.append(_row(slot, start, [chance.randrange(1000) for _ in range(n)], blocks))
+            rows[-1].n_draft = chance.choice([0, n - 1, chance.randrange(n)])
         rows.sort(key=lambda row: row.n > 1)
         sampled = chance.sample(range(len(rows)), chance.randint(0, len(rows)))
         _assert_equal(ours.inputs(rows, sampled), theirs.inputs(rows, sampled))
@@ -84,6 +85,22 @@ def test_tokens_that_the_host_has_not_seen() -> None:
     assert inputs.slot_mapping.tolist() == [6 * 8 + 2, 5 * 8 + 1, 4 * 8 + 2, 4 * 8 + 3]
     steps.remember(torch.tensor([112, 334, 55]))
     assert steps.last_token.tolist() == [55, 112, 0, 334]
+
+
+def test_rows_without_drafts_go_on_beside_others() -> None:
+    """The host knows what a row with drafts goes on with; of the others it need not."""
+    steps = triton_steps.DeviceSteps(4, 64, 8, _CPU)
+    for slot in range(3):
+        steps.start(slot)
+    drafted = Row(2, 0, 4, [1, 2, 3, 4], 3, True, PagedOps((7,)))
+    inputs = steps.inputs([_row(0, 0, [5], (5,)), _row(1, 0, [6], (6,)), drafted], [2, 1, 0])
+    assert inputs.logits_indices.tolist() == [2, 3, 4, 5, 1, 0]
+    steps.remember(torch.tensor([11, 12, 13, 14, 20, 30]))
+    inputs = steps.inputs([_row(0, 1, None), _row(1, 1, None), _row(2, 2, [12], ())], [0, 1, 2])
+    assert inputs.token_ids.tolist() == [30, 20, 12]
+    assert inputs.slot_mapping.tolist() == [5 * 8 + 1, 6 * 8 + 1, 7 * 8 + 2]
+    steps.remember(torch.tensor([31, 21, 13]))
+    assert steps.last_token[:3].tolist() == [31, 21, 13]
 
 
 def test_into_a_graph_s_inputs_with_padding() -> None:

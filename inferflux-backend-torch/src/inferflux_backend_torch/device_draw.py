@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from inferflux_backend_torch.draw import is_greedy
 from inferflux_backend_torch.penalties import upload
+from inferflux_backend_torch.permitted import Words, restrict
 from inferflux_backend_torch.philox import device_noise
 from inferflux_core.engine.types import SamplingParams
 
@@ -123,6 +126,7 @@ class DeviceDraw:
         self._filter_thresholds = filter_thresholds
         self._gumbel_argmax = gumbel_argmax
         self._filtered: set[int] = set()
+        self._greedy: set[int] = set()
         self.temperature = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
         self.top_k = torch.full((max_num_seqs,), vocab_size, dtype=torch.int64, device=device)
         sums = torch.float32 if device.type == "mps" else torch.float64
@@ -140,6 +144,10 @@ class DeviceDraw:
             self._filtered.add(slot)
         else:
             self._filtered.discard(slot)
+        if is_greedy(params):
+            self._greedy.add(slot)
+        else:
+            self._greedy.discard(slot)
 
     def argmax(self, logits: Tensor) -> Tensor:
         return argmax(logits)
@@ -156,3 +164,21 @@ class DeviceDraw:
             slot = where[some]
             thresholds[some] = self._filter_thresholds(scaled[some], self.top_k[slot], self.top_p[slot], self.log_min_p[slot])
         return self._gumbel_argmax(scaled, thresholds, self.seeds[where], position)
+
+    def draw_permitted(
+        self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Sequence[int], words: Sequence[Words]
+    ) -> Tensor:
+        """As `draw`, but only tokens permitted by the row's words, and the most likely of them for greedy slots.
+
+        Beside the draw some ten passes over the rows in float32, and their bits go to the device.
+        """
+        which = upload(self._device, list(rows), torch.int64)
+        allowed = restrict(logits[which].float(), upload(self._device, np.stack(words).view(np.int32), torch.int32))
+        drawn = [i for i, slot in enumerate(slots) if slot not in self._greedy]
+        if len(drawn) == len(slots):
+            return self.draw(allowed, drawn, slots, positions)
+        tokens = self.argmax(allowed)
+        if drawn:
+            index = upload(self._device, drawn, torch.int64)
+            tokens[index] = self.draw(allowed, drawn, [slots[i] for i in drawn], [positions[i] for i in drawn])
+        return tokens

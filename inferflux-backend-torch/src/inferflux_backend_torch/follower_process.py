@@ -23,6 +23,7 @@ from inferflux_backend_torch.rank_messages import (
     Join,
     Lengths,
     Plan,
+    Sample,
     Started,
     WarmUp,
 )
@@ -87,6 +88,7 @@ def serve(spec: FollowerSpec, channel: Channel) -> None:
 def follow(runner: ModelRunner, channel: Channel) -> None:
     """Do what rank 0 does, until it ends the channel: with the same calls in the same order as an engine, see `ModelRunner`."""
     last: Ticket | None = None
+    ticket: Ticket | None = None
     while True:
         try:
             message = channel.receive(TO_FOLLOWER)
@@ -94,17 +96,20 @@ def follow(runner: ModelRunner, channel: Channel) -> None:
             break
         if isinstance(message, WarmUp):
             runner.warm_up()
-            continue
-        assert isinstance(message, Plan)
-        ticket = runner.launch(message.plan())
-        if last is not None:
-            runner.collect(last)
-            last = None
-        runner.sample(ticket, None)
-        if runner.caps.depth > 1:
-            last = ticket
+        elif isinstance(message, Plan):
+            ticket = runner.launch(message.plan())
+            if last is not None:
+                runner.collect(last)
+                last = None
         else:
-            runner.collect(ticket)
+            assert isinstance(message, Sample)
+            assert ticket is not None, "a step is launched before it is sampled"
+            runner.sample(ticket, message.mask())
+            if runner.caps.depth > 1:
+                last = ticket
+            else:
+                runner.collect(ticket)
+            ticket = None
     if last is not None:
         runner.collect(last)
 

@@ -43,7 +43,7 @@ class GpuRunner(TorchRunner):
         self._graphs = None
         if settings.cuda_graphs and loaded.capturable:
             self._graphs = DecodeGraphs(
-                self._forward,
+                self._decode,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=info.max_model_len,
                 block_size=loaded.cache.block_size,
@@ -51,7 +51,7 @@ class GpuRunner(TorchRunner):
                 recorder=recorder,
             )
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
+    def _decode(self, inputs: StepInputs) -> Tensor:
         return self._model.logits(self._model.forward(inputs, self._cache))
 
     @torch.inference_mode()
@@ -60,25 +60,25 @@ class GpuRunner(TorchRunner):
             self._graphs.warm_up()  # largest first: the others fit into its memory
         super().warm_up()
 
-    def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor, Callable[[], float]]:
+    def _compute(self, rows: Sequence[Row], sampled: Sequence[int]) -> tuple[Tensor | None, Tensor | None, Callable[[], float]]:
         elapsed = _stopwatch(self._cache.data.device)
         graphs, into = self._graphs, None
-        if graphs is not None and rows[-1].n == 1:  # the longest come last
+        if graphs is not None and rows[-1].n == 1:  # the longest come last; a row with drafts has two tokens or more
             into = graphs.inputs_for(len(rows), max(row.start + 1 for row in rows))
         inputs = self._device_steps.inputs(rows, sampled, into)
+        logits: Tensor | None
         if graphs is not None and into is not None:
-            logits = graphs.run(inputs)[: len(sampled)]
-        elif sampled:
-            logits = self._forward(inputs)
+            logits, hidden = graphs.run(inputs)[: len(sampled)], None
         else:
-            logits = self._model.forward(inputs, self._cache)
-        return logits, elapsed()
+            logits, hidden = self._forward(inputs)
+        return logits, hidden, elapsed()
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
         super().sample(ticket, mask)
         assert isinstance(ticket, TorchTicket)
-        if ticket.samples is not None:
-            self._device_steps.remember(ticket.samples.token_ids)
+        if ticket.samples:
+            parts = [samples.token_ids for samples in ticket.samples]
+            self._device_steps.remember(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:

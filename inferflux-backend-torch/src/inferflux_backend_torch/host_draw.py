@@ -7,7 +7,7 @@ without filters the best of the likely tokens bounds who else can win, since noi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inferflux_backend_torch.draw import is_greedy
 from inferflux_backend_torch.native_kernels import BUILT, kernels
+from inferflux_backend_torch.permitted import Words, all_tokens, few_ids, has
 from inferflux_backend_torch.philox import MOST_NOISE, Words64, noise_of_groups, noise_of_tokens, round_keys
 from inferflux_core.engine.types import SamplingParams
 
@@ -23,6 +25,7 @@ Row = npt.NDArray[np.float32]
 TokenIds = npt.NDArray[np.int64]
 
 _MASK64 = (1 << 64) - 1
+_INFINITY = np.float32(np.inf)
 
 # Likely tokens have at least e**-8 of the probability of the most likely one: in language models a few dozen tokens.
 _LIKELY = 8.0
@@ -89,25 +92,69 @@ class HostDraw:
         Returns:
             [N] int64.
         """
-        tokens = np.empty(len(rows), dtype=np.int64)
-        few: dict[int, _Contest] = {}
         with np.errstate(over="ignore", invalid="ignore"):
-            for i, (row, slot, position) in enumerate(zip(rows, slots, positions, strict=True)):
-                contest = self._contest(slot, position, *possible(float_row(logits, row)))
-                if len(contest.ids) > _FEW:
-                    tokens[i] = self._winner(contest, contest.ids, contest.scaled)
-                else:
-                    few[i] = contest
-            if few:
-                tokens[list(few)] = self._winners(list(few.values()))
-        return torch.from_numpy(tokens)
+            return self._settle(
+                self._contest(slot, position, *possible(float_row(logits, row)))
+                for row, slot, position in zip(rows, slots, positions, strict=True)
+            )
 
-    def _contest(self, slot: int, position: int, row: Row, highest: np.float32) -> _Contest:
+    def draw_permitted(
+        self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Sequence[int], words: Sequence[Words]
+    ) -> Tensor:
+        """As `draw`, but only tokens permitted by the row's words, and the most likely of them for greedy slots."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._settle(
+                self._permitted(logits, row, slot, position, permitted)
+                for row, slot, position, permitted in zip(rows, slots, positions, words, strict=True)
+            )
+
+    def _permitted(self, logits: Tensor, row: int, slot: int, position: int, words: Words) -> _Contest | int:
+        """The contest of the tokens that are permitted, or who wins it where that takes no noise."""
+        greedy = is_greedy(self._params[slot])
+        ids = few_ids(words)
+        if ids is not None:
+            if len(ids) == 1:
+                return int(ids[0])
+            values, highest = possible(_some(logits, row, ids))
+            return int(ids[values.argmax()]) if greedy else self._contest(slot, position, values, highest, ids)
+        if greedy:
+            token = int(self.argmax(logits[row : row + 1])[0])
+            if has(words, token):
+                return token
+        permitted = all_tokens(words, self._vocab_size)
+        values, highest = possible(np.where(permitted, float_row(logits, row), -_INFINITY), permitted)
+        return int(values.argmax()) if greedy else self._contest(slot, position, values, highest)
+
+    def _settle(self, contests: Iterable[_Contest | int]) -> Tensor:
+        """Who wins: [N] int64."""
+        tokens: list[int] = []
+        few: dict[int, _Contest] = {}
+        for i, contest in enumerate(contests):
+            if isinstance(contest, int):
+                tokens.append(contest)
+            elif len(contest.ids) > _FEW:  # at once, as it keeps a whole row
+                tokens.append(self._winner(contest, contest.ids, contest.scaled))
+            else:
+                few[i] = contest
+                tokens.append(0)
+        if few:
+            for i, token in zip(few, self._winners(list(few.values())), strict=True):
+                tokens[i] = token
+        return torch.tensor(tokens, dtype=torch.int64)
+
+    def _contest(self, slot: int, position: int, row: Row, highest: np.float32, ids: TokenIds | None = None) -> _Contest:
+        """
+        Args:
+            row: logits of the vocabulary, or of `ids`.
+        """
         params = self._params[slot]
         if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0:
-            return _Contest(slot, position, *self._survivors(params, row, highest))
+            kept, scaled = self._survivors(params, row, highest)
+            return _Contest(slot, position, kept if ids is None else ids[kept], scaled)
         # Shifted first: a tiny temperature would overflow otherwise.
         scaled = (row - highest) / np.float32(params.temperature)
+        if ids is not None:
+            return _Contest(slot, position, ids, scaled)
         if self._vocab_size > _FEW and np.count_nonzero(scaled >= _NEAR) <= self._vocab_size // 2:
             ids = np.flatnonzero(scaled >= -_LIKELY)
             if len(ids) <= _FEW:
@@ -115,32 +162,37 @@ class HostDraw:
         return _Contest(slot, position, self._ids, scaled)
 
     def _survivors(self, params: SamplingParams, row: Row, highest: np.float32) -> tuple[TokenIds, Row]:
-        """What the filters leave; looks at the likely tokens, and at all only if these do not decide it."""
+        """Which of the row's tokens the filters leave, as indices.
+
+        Looks at the likely tokens, and at all only if these do not decide it.
+        """
         temperature = np.float32(params.temperature)
         total = None
-        if params.top_p < 1.0 and not 0 < params.top_k < self._vocab_size:
+        if params.top_p < 1.0 and not 0 < params.top_k < len(row):
             total = float(np.exp((row - highest) / temperature).sum(dtype=np.float64))
         for reach in (np.float32(_LIKELY), np.float32(np.inf)):
             least = highest - reach * temperature
             ids = np.flatnonzero(row >= least)
             scaled = (row[ids] - highest) / temperature
             below = (least - highest) / temperature  # no token left out is above it, even after rounding; -inf if none is
-            threshold = self._threshold(params, scaled, below, total)
+            threshold = self._threshold(params, scaled, len(row), below, total)
             if threshold > below:
                 break
         keep = scaled >= threshold
         return ids[keep], scaled[keep]
 
-    def _threshold(self, params: SamplingParams, scaled: Row, below: np.float32, total: float | None) -> np.float32:
+    @staticmethod
+    def _threshold(params: SamplingParams, scaled: Row, size: int, below: np.float32, total: float | None) -> np.float32:
         """Least scaled logit to keep, if it is above `below`; else the tokens given do not decide it.
 
         Args:
             scaled: the most likely tokens' logits.
-            total: sum of exp(scaled) over the vocabulary, if top_p wants it and top_k leaves all.
+            size: of the row that they are from.
+            total: sum of exp(scaled) over the row, if top_p wants it and top_k leaves all.
         """
         threshold = np.float32(-np.inf)
         descending = np.sort(scaled)[::-1]
-        if 0 < params.top_k < self._vocab_size:
+        if 0 < params.top_k < size:
             if params.top_k > len(descending) or descending[params.top_k - 1] <= below > -np.inf:
                 return below  # top_p must know all that top_k leaves, equals of the last one too
             threshold = descending[params.top_k - 1]
@@ -214,16 +266,30 @@ def float_row(logits: Tensor, row: int) -> Row:
     return values
 
 
-def possible(row: Row) -> tuple[Row, np.float32]:
+def _some(logits: Tensor, row: int, ids: TokenIds) -> Row:
+    """Some entries of one row of logits [R, V], in float32."""
+    if logits.dtype is torch.bfloat16:
+        return (logits[row].view(torch.int16).numpy().view(np.uint16)[ids].astype(np.uint32) << np.uint32(16)).view(np.float32)
+    values: Row = logits[row].numpy()[ids].astype(np.float32, copy=False)
+    return values
+
+
+def possible(row: Row, permitted: npt.NDArray[np.bool_] | None = None) -> tuple[Row, np.float32]:
     """The row and its highest logit, a number. Broken rows are replaced as in the reference.
 
     NaN is impossible, +inf certain, and if nothing is possible all are equal.
+
+    Args:
+        permitted: [V], tokens that may be drawn, if the others are -inf already.
     """
     highest = row.max()  # which is NaN if anything is
     if np.isfinite(highest):
         return row, highest
-    row = np.where(np.isnan(row), np.float32(-np.inf), row)
+    row = np.where(np.isnan(row), -_INFINITY, row)
     highest = row.max()
     if np.isfinite(highest):
         return row, highest
-    return np.where(row == highest, np.float32(0), np.float32(-np.inf)), np.float32(0)
+    certain = row == highest
+    if permitted is not None:
+        certain &= permitted
+    return np.where(certain, np.float32(0), -_INFINITY), np.float32(0)

@@ -63,7 +63,7 @@ class Penalties:
             values = [params.logit_bias[i] for i in ids]
             bias = (upload(self._device, ids, torch.int64), upload(self._device, values, torch.float32))
         counts = None
-        if params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+        if params.is_penalised:
             counts = self._count_history(init)
         self._sequences[init.slot] = _Sequence(params, init.num_prompt_tokens, self._known(params.stop_token_ids), bias, counts)
 
@@ -90,7 +90,7 @@ class Penalties:
         return row
 
     def changes(self, slot: int) -> bool:
-        """Whether `apply` does anything beside bans."""
+        """Whether `apply` does anything."""
         sequence = self._sequences[slot]
         return sequence.bias is not None or sequence.counts is not None
 
@@ -106,16 +106,12 @@ class Penalties:
             return ()
         return self._eos + sequence.stop_ids if too_short else self._eos
 
-    def apply(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Change logits [N, V], float32, of these slots in place: bias, then bans, then penalties."""
+    def apply(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Change logits [N, V], float32, of these slots in place: bias, then penalties. Bans may come before or after."""
         sequences = [self._sequences[slot] for slot in slots]
-        banned: list[tuple[int, int]] = []
-        for row, (slot, position, sequence) in enumerate(zip(slots, positions, sequences, strict=True)):
+        for row, sequence in enumerate(sequences):
             if sequence.bias is not None:
                 logits[row].index_add_(0, *sequence.bias)
-            banned += [(row, token) for token in self.banned(slot, position)]
-        if banned:
-            logits[upload(self._device, banned, torch.int64).unbind(dim=1)] = -torch.inf
         penalised = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.counts is not None]
         if penalised:
             params = [sequence.params for _, sequence in penalised]

@@ -1,6 +1,7 @@
 """What rank 0 of a shared model and the ranks that follow it say to each other, and the channel between them.
 
-    rank 0 -> follower      Join, Lengths, then WarmUp and Plan as often as there is work; the end of the channel means goodbye
+    rank 0 -> follower      Join, Lengths, then WarmUp, or Plan and Sample, as often as there is work; the end of the channel
+                            means goodbye
     follower -> rank 0      Started, Lengths; or Failed in place of either. Nothing after that: every rank draws the same tokens
 
 Messages are msgpack, each behind its length. Imports no torch.
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
-from inferflux_core.engine.types import PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit
+from inferflux_core.engine.types import GrammarMask, PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit
 from inferflux_core.interfaces import EngineConfig, ModelFiles
 
 T = TypeVar("T")
@@ -96,6 +98,31 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
         )
 
 
+class Sample(msgspec.Struct, frozen=True, tag=True):
+    """Draw the tokens of the step whose plan came last: all ranks have the same masks, or their next inputs would differ.
+
+    Attributes:
+        bits: of a `GrammarMask`, little-endian; empty for no mask.
+        num_words: of each of its rows.
+    """
+
+    bits: bytes = b""
+    num_words: int = 0
+    first: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, mask: GrammarMask | None) -> Sample:
+        if mask is None:
+            return cls()
+        return cls(mask.bits.astype("<i4").tobytes(), mask.bits.shape[1], dict(mask.first))
+
+    def mask(self) -> GrammarMask | None:
+        """As rank 0 got it from the engine."""
+        if not self.num_words:
+            return None
+        return GrammarMask(np.frombuffer(self.bits, dtype="<i4").astype(np.int32).reshape(-1, self.num_words), self.first)
+
+
 class Started(msgspec.Struct, frozen=True, tag=True):
     """The follower is there, and so is its device."""
 
@@ -107,7 +134,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 SPEC = msgspec.msgpack.Decoder(FollowerSpec)
-TO_FOLLOWER: msgspec.msgpack.Decoder[Join | Lengths | WarmUp | Plan] = msgspec.msgpack.Decoder(Join | Lengths | WarmUp | Plan)
+TO_FOLLOWER: msgspec.msgpack.Decoder[Join | Lengths | WarmUp | Plan | Sample] = msgspec.msgpack.Decoder(
+    Join | Lengths | WarmUp | Plan | Sample
+)
 FROM_FOLLOWER: msgspec.msgpack.Decoder[Started | Lengths | Failed] = msgspec.msgpack.Decoder(Started | Lengths | Failed)
 _LENGTH = struct.Struct("<I")
 

@@ -1,4 +1,4 @@
-"""The sampler on the device: draws one token for each row of a step, with the meaning of core's reference sampler.
+"""The sampler on the device: draws a token for each row of logits of a step, with the meaning of core's reference sampler.
 
 What depends on tokens drawn before (penalties) is kept on the device, so a step can be sampled while the tokens of the step
 before it have not reached the host. The host knows everything else in advance (who is greedy, who has filters, bans or
@@ -7,34 +7,23 @@ logprobs), so each kind of extra work is done for the rows that asked for it, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inferflux_backend_torch.device_draw import DeviceDraw
+from inferflux_backend_torch.draw import Draw, is_greedy
 from inferflux_backend_torch.host_draw import HostDraw, float_row
 from inferflux_backend_torch.logprobs import device_logprobs, host_logprobs
 from inferflux_backend_torch.penalties import Penalties, upload
+from inferflux_backend_torch.permitted import Words, without
 from inferflux_core.engine.types import SamplingParams, SequenceInit, TokenLogprobs
 
-# Lower temperatures are greedy, as in the reference.
-_LEAST_TEMPERATURE = 1e-5
-
-
-class Draw(Protocol):
-    """How tokens are chosen from logits that bans, bias and penalties have been applied to."""
-
-    def start(self, slot: int, params: SamplingParams) -> None: ...
-
-    def argmax(self, logits: Tensor) -> Tensor:
-        """Most likely token of each row of [R, V]: [R] int64."""
-
-    def draw(self, logits: Tensor, rows: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Draw a token for some rows of logits [R, V]: [N] int64; rows, slots and positions are parallel."""
+_ANY: Mapping[int, Words] = MappingProxyType({})
 
 
 class Samples:
@@ -110,9 +99,8 @@ class DeviceSampler:
         self._params[slot] = params
         self._penalties.start(init)
         self._draw.start(slot, params)
-        greedy = params.temperature < _LEAST_TEMPERATURE
         untouched = not (params.ignore_eos or params.min_tokens or self._penalties.changes(slot))
-        if greedy and untouched and params.logprobs is None:
+        if is_greedy(params) and untouched and params.logprobs is None:
             self._plain.add(slot)
         else:
             self._plain.discard(slot)
@@ -124,58 +112,88 @@ class DeviceSampler:
         self._plain.discard(slot)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Samples:
+    def sample(
+        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], permitted: Mapping[int, Words] = _ANY
+    ) -> Samples:
         """Draw one token for each row; waits for nothing on the device.
 
         Args:
             logits: [R, V] of any floating type, no row sharing memory with another; unchanged on return, though banned tokens
                 are overwritten meanwhile.
-            slots: [R], all different: whose parameters and history to use.
+            slots: [R], whose parameters and history to use. A slot may have several rows, to verify drafts, unless it has
+                penalties: these depend on the tokens drawn before.
             positions: [R], index of the new token in its sequence; part of the noise's key.
+            permitted: by row, the tokens that may be drawn, if these are not all. Bans that would leave none do not count.
         """
-        if self._plain.issuperset(slots):
+        if not permitted and self._plain.issuperset(slots):
             return Samples(self._draw.argmax(logits), [None] * len(slots), None)
-        tokens = self._tokens(logits, slots, positions)
+        tokens = self._tokens(logits, slots, positions, permitted)
         counting = [row for row, slot in enumerate(slots) if self._penalties.counts(slot)]
         if counting:
             self._penalties.count([slots[row] for row in counting], tokens[self._index(counting)])
         counts = [self._params[slot].logprobs for slot in slots]
         return Samples(tokens, counts, self._logprobs(logits, tokens, counts))
 
-    def _tokens(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def _tokens(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], permitted: Mapping[int, Words]) -> Tensor:
         changed: list[int] = []
         banned: list[tuple[int, int]] = []
+        banned_of_changed: list[tuple[int, int]] = []
+        words: dict[int, Words] = {}
         for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+            ban = self._penalties.banned(slot, position)
+            if row in permitted:
+                words[row] = without(permitted[row], ban)
+                ban = ()
             if self._penalties.changes(slot):
+                banned_of_changed += [(len(changed), token) for token in ban]
                 changed.append(row)
             else:
-                banned += [(row, token) for token in self._penalties.banned(slot, position)]
+                banned += [(row, token) for token in ban]
         if len(changed) < len(slots):
             with self._without(logits, banned):
-                tokens = self._choose(logits, slots, positions, frozenset(changed))
+                tokens = self._choose(logits, slots, positions, words, frozenset(changed))
         else:
             tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         if changed:
             index = self._index(changed)
             some_slots, some_positions = [slots[row] for row in changed], [positions[row] for row in changed]
             some = self._copy(logits, index)
-            self._penalties.apply(some, some_slots, some_positions)
-            tokens[index] = self._choose(some, some_slots, some_positions)
+            self._penalties.apply(some, some_slots)
+            some_words = {i: words[row] for i, row in enumerate(changed) if row in words}
+            with self._without(some, banned_of_changed):
+                tokens[index] = self._choose(some, some_slots, some_positions, some_words)
         return tokens
 
     def _choose(
-        self, logits: Tensor, slots: Sequence[int], positions: Sequence[int], skip: frozenset[int] = frozenset()
+        self,
+        logits: Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+        words: Mapping[int, Words],
+        skip: frozenset[int] = frozenset(),
     ) -> Tensor:
         """A token for each row; those to skip get any."""
-        rows = [
-            row for row, slot in enumerate(slots) if self._params[slot].temperature >= _LEAST_TEMPERATURE and row not in skip
-        ]
-        if len(rows) == len(slots):
-            return self._draw.draw(logits, rows, slots, positions)
-        tokens = self._draw.argmax(logits)
-        if rows:
-            drawn = self._draw.draw(logits, rows, [slots[row] for row in rows], [positions[row] for row in rows])
-            tokens[self._index(rows)] = drawn
+        drawn: list[int] = []
+        masked: list[int] = []
+        greedy = False
+        for row, slot in enumerate(slots):
+            if row in skip:
+                continue
+            if row in words:
+                masked.append(row)
+            elif is_greedy(self._params[slot]):
+                greedy = True
+            else:
+                drawn.append(row)
+        if len(drawn) == len(slots):
+            return self._draw.draw(logits, drawn, slots, positions)
+        tokens = self._draw.argmax(logits) if greedy else torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        if drawn:
+            some = [slots[row] for row in drawn], [positions[row] for row in drawn]
+            tokens[self._index(drawn)] = self._draw.draw(logits, drawn, *some)
+        if masked:
+            some = [slots[row] for row in masked], [positions[row] for row in masked]
+            tokens[self._index(masked)] = self._draw.draw_permitted(logits, masked, *some, [words[row] for row in masked])
         return tokens
 
     @contextmanager

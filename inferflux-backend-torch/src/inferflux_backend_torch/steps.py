@@ -23,7 +23,8 @@ class Steps(Protocol):
 
         Args:
             rows: those with a single token first.
-            sampled: which of them, in the order in which their logits are wanted.
+            sampled: which of them, in the order in which their logits are wanted: of the last token of each, and of the
+                `n_draft` before it.
         """
 
 
@@ -52,13 +53,15 @@ class HostSteps:
         slots = np.array([row.slot for row in rows], dtype=np.int64)
         lengths = starts + counts
         query_start = np.concatenate(((0,), np.cumsum(counts)))
-        token_ids = np.empty(query_start[-1], dtype=np.int64)
-        for row, first in zip(rows, query_start.tolist(), strict=False):
+        ends = query_start.tolist()
+        token_ids = np.empty(ends[-1], dtype=np.int64)
+        for row, first in zip(rows, ends, strict=False):
             assert row.tokens is not None, "only a device that is one step ahead is given tokens it has not reported"
             token_ids[first : first + row.n] = row.tokens
         positions = np.arange(len(token_ids)) + np.repeat(starts - query_start[:-1], counts)
         blocks = self._tables[np.repeat(slots, counts), positions // size].astype(np.int64)
         width = -(-int(lengths.max()) // size)
+        wanted = [token for i in sampled for token in range(ends[i + 1] - 1 - rows[i].n_draft, ends[i + 1])]
         return StepInputs(
             token_ids=self._tensor(token_ids),
             positions=self._tensor(positions),
@@ -66,11 +69,11 @@ class HostSteps:
             query_start=self._tensor(query_start.astype(np.int32)),
             seq_lens=self._tensor(lengths.astype(np.int32)),
             block_table=self._tensor(self._tables[slots, :width]),
-            logits_indices=self._tensor(query_start[1:][np.asarray(sampled, dtype=np.int64)] - 1),
+            logits_indices=self._tensor(np.array(wanted, dtype=np.int64)),
             num_decodes=int((counts == 1).sum()),
             max_query_len=int(counts.max()),
             max_seq_len=int(lengths.max()),
-            host_query_start=query_start.tolist(),
+            host_query_start=ends,
             host_seq_lens=lengths.tolist(),
         )
 

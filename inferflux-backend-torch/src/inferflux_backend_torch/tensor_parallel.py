@@ -14,7 +14,7 @@ from inferflux_backend_torch.communicator import DistributedComm
 from inferflux_backend_torch.devices import choose_device
 from inferflux_backend_torch.followers import Followers, RankDied
 from inferflux_backend_torch.loading import load
-from inferflux_backend_torch.rank_messages import Join, Lengths, Plan, WarmUp
+from inferflux_backend_torch.rank_messages import Join, Lengths, Plan, Sample, WarmUp
 from inferflux_backend_torch.settings import TorchSettings
 from inferflux_backend_torch.shard import Shard
 from inferflux_core.engine.types import ModelRunnerOutput, SchedulerOutput
@@ -78,6 +78,7 @@ class TensorParallelRunner(ModelRunner):
             return self._runner.launch(plan)
 
     def sample(self, ticket: Ticket, mask: GrammarMask | None) -> None:
+        self._followers.send(Sample.of(mask))
         with self._followers.needed():
             self._runner.sample(ticket, mask)
 

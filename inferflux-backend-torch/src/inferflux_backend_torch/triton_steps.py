@@ -70,7 +70,8 @@ def _prepare_kernel(
     start = tl.load(packed + num_seqs + seq)
     held = tl.load(packed + 2 * num_seqs + seq)
     place = tl.load(packed + 3 * num_seqs + seq)
-    starts = packed + 4 * num_seqs
+    num_drafts = tl.load(packed + 4 * num_seqs + seq)
+    starts = packed + 5 * num_seqs
     begin = tl.load(starts + seq)
     end = tl.load(starts + seq + 1)
     new = starts + num_seqs + 1
@@ -108,8 +109,11 @@ def _prepare_kernel(
             index = offset + tl.arange(0, BLOCK)
             tl.store(logits_indices + index, tl.zeros([BLOCK], tl.int64), mask=index < num_logits)
     if place >= 0:
-        tl.store(logits_indices + place, (end - 1).to(tl.int64))
-        tl.store(sampled_slots + place, slot.to(tl.int64))
+        for offset in range(0, num_drafts + 1, BLOCK):
+            index = offset + tl.arange(0, BLOCK)
+            inside = index <= num_drafts
+            tl.store(logits_indices + place + index, (end - 1 - num_drafts + index).to(tl.int64), mask=inside)
+            tl.store(sampled_slots + place + index, tl.zeros([BLOCK], tl.int64) + slot, mask=inside)
 
 
 class DeviceSteps:
@@ -124,8 +128,7 @@ class DeviceSteps:
         self._tables = torch.zeros(max_num_seqs, -(-max_model_len // block_size), dtype=torch.int32, device=device)
         self._held = [0] * max_num_seqs
         self._device = device
-        self._sampled_slots = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._num_sampled = 0
+        self._sampled_slots = torch.empty(0, dtype=torch.int64, device=device)
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def start(self, slot: int) -> None:
@@ -137,13 +140,16 @@ class DeviceSteps:
 
         Args:
             rows: those with a single token first.
-            sampled: which of them, in the order in which their logits are wanted.
+            sampled: which of them, in the order in which their logits are wanted: of the last token of each, and of the
+                `n_draft` before it.
             into: a graph's inputs, of as many sequences or more; filled, padded and returned. None makes new tensors.
         """
         counts = [row.n for row in rows]
         num_tokens = sum(counts)
+        num_sampled = sum(rows[i].n_draft + 1 for i in sampled)
         packed = self._pack(rows, sampled)
-        inputs = into or self._new_inputs(rows, counts, len(sampled))
+        self._sampled_slots = torch.empty(num_sampled, dtype=torch.int64, device=self._device)
+        inputs = into or self._new_inputs(rows, counts, num_sampled)
         padding = inputs.num_seqs - len(rows)
         _prepare_kernel[(inputs.num_seqs,)](
             packed,
@@ -159,29 +165,33 @@ class DeviceSteps:
             inputs.logits_indices,
             len(rows),
             num_tokens,
-            len(sampled),
+            num_sampled,
             len(inputs.logits_indices),
             (len(inputs.token_ids) - num_tokens) // padding if padding else 0,
             self._block_size,
             M=self._tables.shape[1],
             BLOCK=_TOKENS,
         )
-        self._num_sampled = len(sampled)
         return inputs
 
     def remember(self, token_ids: Tensor) -> None:
-        """Take the tokens [R] int64 that were sampled from the step made last: what its slots go on with."""
-        self.last_token[self._sampled_slots[: self._num_sampled]] = token_ids
+        """Take the tokens [R] int64 that were sampled from the step made last: what its slots go on with.
+
+        Of a row with drafts any of them is kept: which one holds is for the host to find out, and to say in its next row.
+        """
+        self.last_token[self._sampled_slots] = token_ids
 
     def _pack(self, rows: Sequence[Row], sampled: Sequence[int]) -> Tensor:
         """Everything the kernel needs of the rows, on the device.
 
-        slot [B] | start [B] | held blocks [B] | place among sampled [B] | query_start [B + 1] | new_block_start [B + 1]
-        | token [T] | new block [N]
+        slot [B] | start [B] | held blocks [B] | first place among sampled [B] | drafts [B] | query_start [B + 1]
+        | new_block_start [B + 1] | token [T] | new block [N]
         """
         places = [_NOT_SAMPLED] * len(rows)
-        for place, index in enumerate(sampled):
+        place = 0
+        for index in sampled:
             places[index] = place
+            place += rows[index].n_draft + 1
         query_start, block_start, held = [0], [0], list[int]()
         tokens: list[int] = []
         blocks: list[int] = []
@@ -193,7 +203,8 @@ class DeviceSteps:
             block_start.append(len(blocks))
             held.append(self._held[row.slot])
             self._held[row.slot] += len(row.kv.new_blocks)
-        by_row = ([row.slot for row in rows], [row.start for row in rows], held, places)
+        drafts = [row.n_draft for row in rows]
+        by_row = ([row.slot for row in rows], [row.start for row in rows], held, places, drafts)
         values = [value for part in (*by_row, query_start, block_start, tokens, blocks) for value in part]
         packed = torch.tensor(values, dtype=torch.int32)
         if self._device.type != "cuda":
