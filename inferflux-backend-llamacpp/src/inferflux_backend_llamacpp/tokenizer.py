@@ -56,6 +56,8 @@ class LlamaCppTokenizer(Tokenizer):
         return piece
 
     def _piece(self, token_id: int, special: bool) -> bytes:
+        if not 0 <= token_id < self.vocab_size:  # the library would end the process
+            raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         buffer = ctypes.create_string_buffer(_MAX_PIECE)
         length = llama_cpp.llama_token_to_piece(self._vocab, token_id, buffer, _MAX_PIECE, 0, special)
         if length < 0:

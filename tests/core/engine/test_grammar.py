@@ -1,21 +1,21 @@
-"""Constraints of the fake model, byte by byte: compiling, masks, drafts, thoughts, and what cannot be held."""
+"""Constraints of the fake model, byte by byte: compiling, masks, drafts, and what cannot be held."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import random
 import threading
 from collections.abc import Iterator
-from concurrent.futures import wait
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 
 from core.engine.constrained import (
     FLAG_SCHEMA,
     OPEN,
-    THINK,
     compact,
     fake_grammars,
     feed,
@@ -28,13 +28,12 @@ from core.engine.constrained import (
 )
 from inferflux_core.engine.grammar import Grammars
 from inferflux_core.engine.grammar_state import GrammarState
-from inferflux_core.engine.types import Constraint, Thinking
+from inferflux_core.engine.types import Constraint
 from inferflux_core.engine.vocabulary import Vocabulary
 from inferflux_core.testing.fake_backend import BOS, EOS, IM_END, IM_START, VOCAB_SIZE, FakeTokenizer
 
 FLAG = compact(FLAG_SCHEMA)
 NO_END = [token for token in range(VOCAB_SIZE) if token not in FakeTokenizer.eos_token_ids]
-CLOSING = list(b"\n</think>")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +201,35 @@ def test_what_is_compiled_is_kept_by_salt_and_bounded(monkeypatch: pytest.Monkey
         grammars.close()
 
 
+def test_a_worn_grammar_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library learns of its patterns all sequences share: at the limit all fail, and none of the later ones."""
+    limits = LLParserLimits(max_lexer_states=1500, verbose_errors=False)
+    monkeypatch.setattr("inferflux_core.engine.grammar.parser_limits", lambda: limits)
+    many_states = "start: /(a|b)*a(a|b){14}c/"
+    rng = random.Random(0)
+    grammars = fake_grammars()
+
+    def failing() -> int:
+        """Sequences until one fails."""
+        for count in range(30):
+            state = state_of(grammars, many_states)
+            for _ in range(200):
+                permitted(grammars, state)
+                state.advance([rng.choice(b"ab")])
+            if state.error is not None:
+                return count
+        return 30
+
+    try:
+        assert 0 < failing() < 30
+        assert failing() > 0, "the next one begins anew"
+        monkeypatch.setattr("inferflux_core.engine.grammar._FRESH_TOKENS", 300)
+        state_of(grammars, many_states).fail()
+        assert failing() == 30, "none gets to where it fails"
+    finally:
+        grammars.close()
+
+
 def test_a_vocabulary_that_cannot_be_read_refuses_all(caplog: pytest.LogCaptureFixture) -> None:
     def broken() -> FakeTokenizer:
         raise OSError("the file is gone")
@@ -226,10 +254,12 @@ def test_close_ends_the_threads_and_cancels_what_waits() -> None:
     before = threading.active_count()
     grammars = fake_grammars(slow)
     future = grammars.compile("", Constraint(grammar=FLAG))
+    settled = threading.Event()
+    future.add_done_callback(lambda _: settled.set())
     assert entered.wait(30)
     closing = threading.Thread(target=grammars.close)
     closing.start()
-    wait([future], 30)
+    assert settled.wait(30)
     assert future.cancelled()
     release.set()
     closing.join(30)
@@ -341,119 +371,3 @@ def test_a_text_that_the_vocabulary_cannot_spell_is_an_error() -> None:
         assert state.error is not None
     finally:
         grammars.close()
-
-
-# --- behind thoughts --------------------------------------------------------------------------------------------------
-
-
-def test_thoughts_are_free_but_for_the_end_of_the_sequence(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, OPEN)
-    rows = permitted(grammars, state)
-    assert rows is not None
-    assert set(range(VOCAB_SIZE)) - set(rows[0]) == {EOS, IM_END}
-    assert rows[0][-1] < VOCAB_SIZE, "what the tokenizer does not know is no thought"
-    feed(state, "let me {} see</thin </think>")
-    assert letters(grammars, state) == b"{"
-    feed(state, '{"a":true}')
-    assert (state.is_finished, state.error) == (True, None)
-
-
-def test_an_answer_comes_with_or_without_thoughts(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, THINK)
-    assert letters(grammars, state) == b"<{"
-    assert state.forced(9) == []
-    feed(state, '{"a":true}')
-    assert (state.is_finished, state.error) == (True, None)
-    state = state_of(grammars, FLAG, THINK)
-    feed(state, "<thi")
-    assert letters(grammars, state) == b"n"
-    feed(state, "nk>hm</think>")
-    assert letters(grammars, state) == b"{"
-    feed(state, '{"a":true}')
-    assert (state.is_finished, state.error) == (True, None)
-
-
-def test_an_answer_may_begin_like_the_tag(grammars: Grammars) -> None:
-    grammar = 'start: "<tho" | "<think>" "x"'
-    state = state_of(grammars, grammar, THINK)
-    feed(state, "<th")
-    assert letters(grammars, state) == b"io"
-    feed(state, "o")
-    assert (state.is_finished, state.error) == (True, None)
-    state = state_of(grammars, grammar, THINK)
-    feed(state, "<think>")
-    assert len(letters(grammars, state)) > 200, "the tag is the tag, whatever the grammar says"
-    feed(state, "</think><think>")
-    assert letters(grammars, state) == b"x"
-
-
-def test_a_budget_forces_the_end_and_then_the_answer(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, Thinking(is_open=False, begin="<think>", end="</think>", budget=3, end_token_ids=CLOSING))
-    feed(state, "<think>ab")
-    assert state.forced(9) == []
-    feed(state, "c")
-    assert state.forced(4) == CLOSING[:4]
-    assert state.forced(99) == CLOSING
-    rows = permitted(grammars, state, CLOSING)
-    assert rows == [*([token] for token in CLOSING), [ord("{")]]
-    feed(state, "\n</think>")
-    assert bytes(state.forced(99)) == b'{"a":'
-
-
-def test_a_budget_without_a_grammar(grammars: Grammars) -> None:
-    budget = Thinking(is_open=True, begin="<think>", end="</think>", budget=2, end_token_ids=CLOSING)
-    state = state_of(grammars, thinking=budget)
-    assert permitted(grammars, state) is None
-    rows = permitted(grammars, state, b"ab\n")
-    assert rows is not None, "a draft that uses the budget up"
-    assert [len(rows[0]), len(rows[1]), rows[2], rows[3]] == [VOCAB_SIZE + 13] * 2 + [[CLOSING[0]], [CLOSING[1]]]
-    assert state.allowed(b"abc") == 2
-    assert state.allowed([*b"ab", *CLOSING, *b"anything"]) == 2 + len(CLOSING) + 8
-    feed(state, "ab")
-    assert permitted(grammars, state) == [[CLOSING[0]]]
-    feed(state, "\n</think>anything")
-    assert permitted(grammars, state) is None
-    assert permitted(grammars, state, b"more") is None
-    state.advance([EOS])
-    assert (state.is_finished, state.error) == (True, None)
-
-
-def test_drafts_across_the_end_of_thoughts(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, OPEN)
-    draft = b'hm</think>{"b'
-    assert state.allowed(draft) == len(draft) - 1
-    assert state.allowed([*b"hm", EOS]) == 2
-    rows = permitted(grammars, state, draft)
-    assert rows is not None
-    assert [len(row) for row in rows[:10]] == [VOCAB_SIZE - 2] * 10
-    assert [bytes(row) for row in rows[10:13]] == [b"{", b'"', b"a"]
-    feed(state, "no end")
-    assert len(letters(grammars, state)) > 200, "nothing of the draft is left"
-    assert state.error is None
-
-
-def test_a_draft_at_the_very_start(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, THINK)
-    assert state.allowed(b"<think>x</think>{") == 17
-    assert state.allowed(b"<tree") == 2
-    assert state.allowed(b'{"a":1') == 5
-    rows = permitted(grammars, state, b'{"')
-    assert rows is not None
-    assert [bytes(row) for row in rows] == [b"<{", b'"', b"a"]
-    assert letters(grammars, state) == b"<{"
-
-
-def test_thoughts_that_never_end_are_no_answer(grammars: Grammars) -> None:
-    state = state_of(grammars, FLAG, OPEN)
-    feed(state, "hm")
-    state.advance([EOS])
-    assert state.error is not None
-
-
-def test_bad_thoughts_are_refused(grammars: Grammars) -> None:
-    assert refusal_of(grammars, FLAG, Thinking(is_open=True, begin="<think>", end="")) is not None
-    for end_token_ids in ([], list(b"</thin")):
-        thinking = Thinking(is_open=True, begin="", end="</think>", budget=1, end_token_ids=end_token_ids)
-        assert refusal_of(grammars, thinking=thinking) is not None
-    nothing_to_begin = Thinking(is_open=False, begin="", end="</think>")
-    assert letters(grammars, state_of(grammars, FLAG, nothing_to_begin)) == b"{"

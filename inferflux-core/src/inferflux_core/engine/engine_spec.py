@@ -37,6 +37,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         backend, scheduler: registered names, with their settings as in the configuration.
         structured_output: whether requests may have constraints, for which the vocabulary is read at load.
+        grammar_cache_entries, grammar_cache_tenants: compiled grammars that are kept for each tenant, and for how many.
         blocked_plugins: distributions whose plugins are not loaded.
     """
 
@@ -48,4 +49,6 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     config: EngineConfig = EngineConfig()
     speculative: SpeculativeSpec = SpeculativeSpec()
     structured_output: bool = False
+    grammar_cache_entries: int = 128
+    grammar_cache_tenants: int = 64
     blocked_plugins: tuple[str, ...] = ()

@@ -10,11 +10,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 
-from inferflux_core.engine.grammar_state import GrammarState, Tags, Words
+from inferflux_core.engine.grammar_state import GrammarState, Tags, Wear, Words
 from inferflux_core.engine.thinking import Thoughts
 from inferflux_core.engine.types import Constraint, ConstraintState, GrammarMask, SchedulerOutput, Thinking
 from inferflux_core.engine.vocabulary import Vocabulary
@@ -26,6 +27,8 @@ logger = logging.getLogger("inferflux.engine")
 _INLINE_S = 100e-6
 # Before anything was measured.
 _ROW_S = 100e-6
+# Tokens drawn under a grammar before it is compiled anew, long before the states of its patterns reach their limit.
+_FRESH_TOKENS = 20_000
 # Tags of thoughts come from the model's family, so there are few.
 _MAX_TAGS = 32
 
@@ -51,6 +54,14 @@ def parser_limits() -> LLParserLimits:
         precompute_large_lexemes=True,
         verbose_errors=False,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A grammar at its beginning, to be copied."""
+
+    matcher: LLMatcher
+    wear: Wear
 
 
 class PendingMask:
@@ -87,7 +98,7 @@ class Grammars:
         cache_salts: int = 64,
     ) -> None:
         self._cache_entries, self._cache_salts = cache_entries, cache_salts
-        self._cache: OrderedDict[str, OrderedDict[_Digest, LLMatcher | GrammarError]] = OrderedDict()
+        self._cache: OrderedDict[str, OrderedDict[_Digest, _Compiled | GrammarError]] = OrderedDict()
         self._lock = threading.Lock()  # of the cache
         self._tags: OrderedDict[tuple[str, str], Tags] = OrderedDict()  # used by the compiling thread only
         self._limits = parser_limits()
@@ -110,9 +121,9 @@ class Grammars:
         """
         if constraint.thinking is None and self._vocabulary.done() and self._vocabulary.exception() is None:
             kept = self._kept(salt, _digest(constraint.grammar))
-            if isinstance(kept, LLMatcher):
+            if isinstance(kept, _Compiled):
                 at_once: Future[ConstraintState] = Future()
-                at_once.set_result(GrammarState(self._vocabulary.result(), kept.deep_copy()))
+                at_once.set_result(GrammarState(self._vocabulary.result(), kept.matcher.deep_copy(), wear=kept.wear))
                 return at_once
         return self._compiling.submit(self._state, salt, constraint)
 
@@ -122,20 +133,23 @@ class Grammars:
         except Exception:  # reported when it happened
             return _Refused("Structured output is not available: this model's vocabulary cannot be read.")
         try:
-            answer = self._matcher(vocabulary, salt, constraint.grammar) if constraint.grammar else None
+            answer, wear = None, Wear()
+            if constraint.grammar:
+                compiled = self._grammar(vocabulary, salt, constraint.grammar)
+                answer, wear = compiled.matcher.deep_copy(), compiled.wear
             thinking = constraint.thinking
             if thinking is None:
-                return GrammarState(vocabulary, answer)
+                return GrammarState(vocabulary, answer, wear=wear)
             _check(vocabulary, thinking)
-            return GrammarState(vocabulary, answer, Thoughts(thinking), self._tags_of(vocabulary, thinking))
+            return GrammarState(vocabulary, answer, Thoughts(thinking), self._tags_of(vocabulary, thinking), wear)
         except GrammarError as error:
             return _Refused(str(error))
         except Exception as error:  # whatever it is, the sequence must not run without its constraint
             logger.error("a constraint could not be compiled: %s", type(error).__name__)
             return _Refused("The required format could not be compiled.")
 
-    def _matcher(self, vocabulary: Vocabulary, salt: str, grammar: str) -> LLMatcher:
-        """A grammar at its beginning, for one sequence.
+    def _grammar(self, vocabulary: Vocabulary, salt: str, grammar: str) -> _Compiled:
+        """A grammar, kept or compiled now.
 
         Raises:
             GrammarError: it is wrong, or beyond the limits.
@@ -144,13 +158,13 @@ class Grammars:
         kept = self._kept(salt, digest)
         if kept is None:
             try:
-                kept = self._compiled(vocabulary, grammar)
+                kept = _Compiled(self._compiled(vocabulary, grammar), Wear())
             except GrammarError as error:
                 kept = error
             self._keep(salt, digest, kept)
         if isinstance(kept, GrammarError):
             raise kept
-        return kept.deep_copy()
+        return kept
 
     def _compiled(self, vocabulary: Vocabulary, grammar: str) -> LLMatcher:
         matcher = LLMatcher(vocabulary.library, grammar, log_level=0, limits=self._limits)
@@ -163,16 +177,20 @@ class Grammars:
             )
         return matcher
 
-    def _kept(self, salt: str, digest: _Digest) -> LLMatcher | GrammarError | None:
+    def _kept(self, salt: str, digest: _Digest) -> _Compiled | GrammarError | None:
+        """What was compiled and is still good."""
         with self._lock:
             entries = self._cache.get(salt)
-            if entries is None or digest not in entries:
+            kept = None if entries is None else entries.get(digest)
+            if entries is None or kept is None:
+                return None
+            if isinstance(kept, _Compiled) and (kept.wear.has_failed or kept.wear.num_tokens >= _FRESH_TOKENS):
                 return None
             self._cache.move_to_end(salt)
             entries.move_to_end(digest)
-            return entries[digest]
+            return kept
 
-    def _keep(self, salt: str, digest: _Digest, compiled: LLMatcher | GrammarError) -> None:
+    def _keep(self, salt: str, digest: _Digest, compiled: _Compiled | GrammarError) -> None:
         with self._lock:
             entries = self._cache.setdefault(salt, OrderedDict())
             self._cache.move_to_end(salt)

@@ -37,6 +37,20 @@ class Tags:
     opening: LLMatcher | None
 
 
+@dataclass(slots=True)
+class Wear:
+    """How much a compiled grammar was used. What the library learns of its patterns on the way all copies share, up to a limit
+    from which on it fails.
+
+    Attributes:
+        num_tokens: drawn under it.
+        has_failed: whether a sequence could not be held to it.
+    """
+
+    num_tokens: int = 0
+    has_failed: bool = False
+
+
 class GrammarState:
     """A `ConstraintState`: a grammar, behind thoughts or not, or a budget of thoughts alone.
 
@@ -51,13 +65,19 @@ class GrammarState:
         answer: the grammar at its beginning; None for any answer. The state's own.
         thoughts: None if there are none.
         tags: those of the thoughts.
+        wear: of the grammar.
 
     Attributes:
         is_finished, error: see `ConstraintState`.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, answer: LLMatcher | None, thoughts: Thoughts | None = None, tags: Tags | None = None
+        self,
+        vocabulary: Vocabulary,
+        answer: LLMatcher | None,
+        thoughts: Thoughts | None = None,
+        tags: Tags | None = None,
+        wear: Wear | None = None,
     ) -> None:
         self.is_finished = False
         self.error: str | None = None
@@ -65,6 +85,7 @@ class GrammarState:
         self._answer = answer
         self._thoughts = None if thoughts is None or thoughts.phase is ThoughtPhase.OVER else thoughts
         self._tags = tags
+        self._wear = wear or Wear()
         self._untouched: LLMatcher | None = None  # the grammar's beginning, while thoughts may still come
         self._opening: LLMatcher | None = None  # alive while the begin tag may still come
         self._takes_answer = True  # whether what was drawn may be the beginning of the answer
@@ -112,12 +133,14 @@ class GrammarState:
         for token in tokens:
             if self.error is not None or self.is_finished:
                 return
+            self._wear.num_tokens += 1
             self._take(token)
 
     def fail(self, reason: str = _LOST) -> None:
         """The constraint cannot be held any longer."""
         if self.error is None:
             self.error = reason
+            self._wear.has_failed = True
 
     # --- for the sampler ----------------------------------------------------------------------------------------------
 
@@ -225,6 +248,7 @@ class GrammarState:
     def _copy(self) -> GrammarState:
         twin = object.__new__(GrammarState)
         twin.__dict__.update(self.__dict__)
+        twin._wear = Wear()
         twin._answer = None if self._answer is None else self._answer.deep_copy()
         twin._opening = None if self._opening is None else self._opening.deep_copy()
         twin._thoughts = None if self._thoughts is None else self._thoughts.copy()

@@ -82,7 +82,7 @@ class EngineCore:
         runner = backend.runner(spec.files, spec.config)
         # The vocabulary is read in a thread of its own, beside the warm-up.
         tokenizer = functools.partial(backend.tokenizer, spec.files)
-        constraints = cls._grammars(runner, tokenizer) if spec.structured_output else None
+        constraints = cls._grammars(spec, runner, tokenizer) if spec.structured_output else None
         runner.warm_up()
         return cls.around(
             runner,
@@ -96,12 +96,18 @@ class EngineCore:
         )
 
     @staticmethod
-    def _grammars(runner: ModelRunner, tokenizer: Callable[[], Tokenizer]) -> Constraints | None:
+    def _grammars(spec: EngineSpec, runner: ModelRunner, tokenizer: Callable[[], Tokenizer]) -> Constraints | None:
         if not runner.caps.grammar:
             return None
         from inferflux_core.engine.grammar import Grammars  # loads a native library
 
-        return Grammars(tokenizer, runner.model_info.vocab_size, runner.model_info.eos_token_ids)
+        return Grammars(
+            tokenizer,
+            runner.model_info.vocab_size,
+            runner.model_info.eos_token_ids,
+            cache_entries=spec.grammar_cache_entries,
+            cache_salts=spec.grammar_cache_tenants,
+        )
 
     @classmethod
     def around(
@@ -162,16 +168,14 @@ class EngineCore:
             outputs += self._take_in(last)
             last = None
         plan = self.scheduler.schedule()
-        masks = None
-        if plan is not None and plan.constraints and last is None and self._constraints is not None:
-            masks = self._constraints.begin(plan)  # made while the model computes
+        # Masks are made while the model computes, but not before the tokens are known that they depend on.
+        masks = self._begin_masks(plan) if last is None else None
         ticket = None if plan is None else self.runner.launch(plan)
         if last is not None:
             outputs += self._take_in(last)
-            if plan is not None and plan.constraints and self._constraints is not None:
-                masks = self._constraints.begin(plan)  # not before: they depend on the tokens just taken in
+            masks = self._begin_masks(plan)
         if ticket is not None:
-            self.runner.sample(ticket, None if masks is None else self._await(masks))
+            self.runner.sample(ticket, self._await(masks))
             if not self._one_ahead:
                 return outputs + self._take_in(ticket)
             self._in_flight = ticket
@@ -192,7 +196,17 @@ class EngineCore:
                     outputs.append(EngineOutput(request_id, [], FinishReason.ERROR, error=state.error))
         return outputs
 
-    def _await(self, masks: PendingMask) -> GrammarMask | None:
+    def _begin_masks(self, plan: SchedulerOutput | None) -> PendingMask | None:
+        if plan is None or not plan.constraints or self._constraints is None:
+            return None
+        began = time.perf_counter()
+        masks = self._constraints.begin(plan)
+        self._mask_seconds += time.perf_counter() - began
+        return masks
+
+    def _await(self, masks: PendingMask | None) -> GrammarMask | None:
+        if masks is None:
+            return None
         began = time.perf_counter()
         mask = masks.result()
         self._mask_seconds += time.perf_counter() - began

@@ -353,7 +353,9 @@ class TokenBudgetScheduler(Scheduler):
         """Known tokens grow by what was drawn, up to the first that ends the request."""
         params, constraint = request.params, request.constraint
         reason: FinishReason | None = None
-        error: str | None = None
+        error = None if constraint is None else constraint.error
+        if error is not None:  # there was no mask to draw under
+            reason, tokens = FinishReason.ERROR, tokens[:0]
         emitted: list[int] = []
         for token in tokens:
             request.tokens.append(token)
@@ -371,9 +373,10 @@ class TokenBudgetScheduler(Scheduler):
             if request.num_output_tokens >= params.max_tokens:
                 reason = FinishReason.LENGTH
                 break
-        self._computed(request, row, len(tokens) - 1)
+        accepted = max(0, len(tokens) - 1)
+        self._computed(request, row, accepted)
         if row.n_draft:
-            self._drafting.verified(request, row.n_draft, len(tokens) - 1)
+            self._drafting.verified(request, row.n_draft, accepted)
         generated = request.num_output_tokens
         if reason is not None:
             self._mean_output += 0.1 * (generated - self._mean_output)

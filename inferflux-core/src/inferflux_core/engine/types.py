@@ -167,7 +167,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         spec_draft_tokens_per_pos, spec_accepted_tokens_per_pos: the same by position in the draft, first to last.
         forced_tokens: tokens that a grammar left no choice about, computed together with the token before them.
         draft_seconds: spent proposing.
-        mask_seconds: spent waiting for the masks of grammars.
+        mask_seconds: spent on the masks of grammars, as far as they were not made while the model computed.
     """
 
     num_running: int = 0

@@ -161,6 +161,8 @@ class ModelLoader:
             ),
             speculative=model.speculative,
             structured_output=self._settings.structured_output.enabled,
+            grammar_cache_entries=self._settings.structured_output.cache_entries,
+            grammar_cache_tenants=self._settings.structured_output.cache_tenants,
             blocked_plugins=self._settings.plugins.blocked,
         )
 

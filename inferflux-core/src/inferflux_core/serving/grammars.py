@@ -17,12 +17,8 @@ from inferflux_core.errors import InvalidRequestError
 from inferflux_core.interfaces import Tokenizer
 from inferflux_core.models.chat_format import ChatFormat
 from inferflux_core.models.reasoning.control import thinking
-
-try:
-    from inferflux_core.models.structured.format_grammar import grammar_of
-    from inferflux_core.models.structured.json_schema import checked_schema
-except ImportError:
-    pass
+from inferflux_core.models.structured.format_grammar import grammar_of
+from inferflux_core.models.structured.json_schema import checked_schema
 from inferflux_core.models.tool_calls.calls import ToolRequest
 from inferflux_core.serving.generation import GenerationRequest, OutputFormat
 from inferflux_core.settings import StructuredOutputSettings

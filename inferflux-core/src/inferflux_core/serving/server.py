@@ -202,14 +202,10 @@ class Server:
     @contextlib.asynccontextmanager
     async def _grammars(self, metrics: Metrics) -> AsyncIterator[RequestGrammars]:
         """What answers are held to; the process that checks grammars starts before anybody can connect."""
+        from inferflux_core.models.structured.checker import GrammarChecker
         from inferflux_core.serving.grammars import RequestGrammars
 
         settings = self._settings.structured_output
-        try:
-            from inferflux_core.models.structured.checker import GrammarChecker
-        except ImportError:
-            yield RequestGrammars(settings, None)
-            return
         if not settings.enabled:
             yield RequestGrammars(settings, None)
             return

@@ -199,8 +199,7 @@ class _Arrays:
             cuts = [low + step * place for place in range(need)]
         made = self._expander.made
         found = [
-            made(True, type="number", minimum=first, exclusiveMaximum=last)
-            for first, last in zip(cuts, cuts[1:], strict=False)
+            made(True, type="number", minimum=first, exclusiveMaximum=last) for first, last in zip(cuts, cuts[1:], strict=False)
         ]
         if cuts:
             found.append(made(True, type="number", minimum=cuts[-1]))
@@ -208,7 +207,9 @@ class _Arrays:
 
     def _by_property(self, of: State, depth: int) -> list[Demand]:
         branches, _ = self._expander.branches(of)
-        names = [name for name in branches[0].required if all(name in branch.required for branch in branches)] if branches else []
+        names = (
+            [name for name in branches[0].required if all(name in branch.required for branch in branches)] if branches else []
+        )
         for name in names:
             member = self._expander.member(branches[0], name)
             values = self._expander.values(member)

@@ -350,7 +350,9 @@ class Expander:
             branch.items += (Items(demands, Demand(rest) if has_rest else None, within),)
         if "contains" in schema:
             most = schema.get("maxContains")
-            contains = Contains(Demand(schema["contains"]), int(schema.get("minContains", 1)), None if most is None else int(most))
+            contains = Contains(
+                Demand(schema["contains"]), int(schema.get("minContains", 1)), None if most is None else int(most)
+            )
             branch.contains += (contains,)
         if "unevaluatedItems" in schema:
             rule = Unevaluated(Demand(schema["unevaluatedItems"]), id(schema), self._document.pointer(schema))

@@ -50,7 +50,9 @@ def _lives(form: Any, alive: set[str]) -> bool:
         if not all(_lives(form["properties"][name], alive) for name in form.get("required", ())):
             return False
         if form.get("minProperties", 0) > len(form.get("required", ())):
-            return any(_lives(part, alive) for part in (form["additionalProperties"], *form.get("patternProperties", {}).values()))
+            return any(
+                _lives(part, alive) for part in (form["additionalProperties"], *form.get("patternProperties", {}).values())
+            )
     if form.get("type") == "array":
         return _lives_long(form, alive) >= form.get("minItems", 0)
     return True
@@ -134,9 +136,7 @@ def _inlined(root: Form | bool, forms: Mapping[str, Form]) -> Form:
     moving = {name for name in finite if (uses[name] == 1 and name != start) or _is_small(forms[name])}
     body = _moved(forms[start], forms, moving)
     kept = {
-        name: _moved(forms[name], forms, moving)
-        for name in reached
-        if name not in moving and (name != start or uses[name] > 1)
+        name: _moved(forms[name], forms, moving) for name in reached if name not in moving and (name != start or uses[name] > 1)
     }
     return {**body, "$defs": kept} if kept else body
 

@@ -23,7 +23,7 @@ from inferflux_core.models.structured.schema_document import Refused, Schema, Sc
 from inferflux_core.settings import StructuredOutputSettings
 
 _MAX_STATES: Final = 3000  # places of the rewritten schema
-_ANY_DEPTH: Final = 8  # nesting of values about which the schema says nothing: a small model would nest forever
+_ANY_DEPTH: Final = 6  # nesting of values about which the schema says nothing: a small model would nest forever
 _ESCAPES: Final = 'nrbtf\\"'  # of strings. With \u a model could spell a declared property as if it were another
 _NOTHING: Final = "describes nothing: no value can satisfy all of it"
 _WHITESPACE: Final = union(((9, 10),), ((13, 13),), ((32, 32),))
@@ -42,9 +42,7 @@ def checked_schema(schema: Any, *, param: str, limits: StructuredOutputSettings)
     return _checked(schema, param, limits, None)
 
 
-def schema_grammar(
-    schema: Any, *, param: str, limits: StructuredOutputSettings, whitespace_pattern: str | None = None
-) -> str:
+def schema_grammar(schema: Any, *, param: str, limits: StructuredOutputSettings, whitespace_pattern: str | None = None) -> str:
     """The grammar (Lark) of all JSON texts that a schema describes.
 
     Args:
@@ -57,22 +55,30 @@ def schema_grammar(
     return f"start: %json {json.dumps(checked, ensure_ascii=False)}\n"
 
 
-def _checked(schema: Any, param: str, limits: StructuredOutputSettings, whitespace: str | None) -> dict[str, Any]:
+def rewritten(schema: Any, limits: StructuredOutputSettings, whitespace_pattern: str | None = None) -> dict[str, Any]:
+    """As `checked_schema`, but raises Refused."""
     try:
         form = _Rewriter(SchemaDocument(schema, limits)).rewrite()
-    except Refused as refusal:
-        raise refusal.error(param) from None
     except RecursionError:
-        raise Refused("#", "", "is nested too deeply").error(param) from None
+        raise Refused("#", "", "is nested too deeply") from None
     options: dict[str, Any] = {"json_allowed_escapes": _ESCAPES}
-    if whitespace is None:
+    if whitespace_pattern is None:
         options |= {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     else:
-        options |= {"whitespace_pattern": _checked_whitespace(whitespace, param), "item_separator": ",", "key_separator": ":"}
+        options |= {"whitespace_pattern": whitespace_pattern, "item_separator": ",", "key_separator": ":"}
     return {"x-guidance": options, **form}
 
 
-def _checked_whitespace(pattern: str, param: str) -> str:
+def _checked(schema: Any, param: str, limits: StructuredOutputSettings, whitespace: str | None) -> dict[str, Any]:
+    if whitespace is not None:
+        _check_whitespace(whitespace, param)
+    try:
+        return rewritten(schema, limits, whitespace)
+    except Refused as refusal:
+        raise refusal.error(param) from None
+
+
+def _check_whitespace(pattern: str, param: str) -> None:
     reason = ""
     try:
         tree = parse(pattern)
@@ -86,7 +92,6 @@ def _checked_whitespace(pattern: str, param: str) -> str:
             param=param,
             code="invalid_grammar",
         )
-    return pattern
 
 
 class _Rewriter:
@@ -152,7 +157,9 @@ class _Rewriter:
     def _enum(self, values: list[Any]) -> Form | bool:
         writable = [value for value in values if is_writable(value)]
         if values and not writable:
-            self._lost.append(Refused("#", "enum", "has values that cannot be written (control characters, or too many digits)"))
+            self._lost.append(
+                Refused("#", "enum", "has values that cannot be written (control characters, or too many digits)")
+            )
         return {"enum": writable} if writable else False
 
     def _branch_forms(self, branch: Branch, pointer: str) -> list[Form]:

@@ -64,7 +64,9 @@ class _Objects:
         if room is not None and room < 0:
             return []
         if room is not None and optional:
-            patterns, rest = ({name: False for name in patterns}, False) if room <= len(optional) or is_open else (patterns, rest)
+            patterns, rest = (
+                ({name: False for name in patterns}, False) if room <= len(optional) or is_open else (patterns, rest)
+            )
         forms = []
         for needed, allowed in self._choices(optional, max(0, branch.min_properties - len(required)), room):
             form: Form = {

@@ -35,7 +35,9 @@ def opposites(schema: Mapping[str, Any], document: SchemaDocument, made: Maker, 
     for keyword in schema:
         if keyword in _FIXED:
             if not (keyword == "uniqueItems" and not schema[keyword]):
-                branch.lost.append(Refused(pointer, keyword, "cannot be enforced where it must not hold (under 'not' or 'oneOf')"))
+                branch.lost.append(
+                    Refused(pointer, keyword, "cannot be enforced where it must not hold (under 'not' or 'oneOf')")
+                )
         elif keyword in _KEYWORDS:
             found += _in_place(schema, keyword, document) + _of_values(schema, keyword, made)
             found += _of_objects(schema, keyword, made) + _of_arrays(schema, keyword, made)

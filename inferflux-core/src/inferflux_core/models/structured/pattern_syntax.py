@@ -400,3 +400,15 @@ def ranges_of(tree: Tree) -> Ranges:
         case Repeat(part):
             return ranges_of(part)
     return ()
+
+
+def without_edges(tree: Tree) -> Tree:
+    """The same tree where the whole text has to match, which makes its edges say nothing."""
+    match tree:
+        case Edge():
+            return EMPTY
+        case Sequence(parts):
+            return Sequence(tuple(without_edges(part) for part in parts if not isinstance(part, Edge)))
+        case Either(parts):
+            return Either(tuple(map(without_edges, parts)))
+    return tree

@@ -243,5 +243,3 @@ def _others(words: list[str]) -> Tree:
         unlike = Sequence((Chars(complement(after)), Repeat(ANY, 0, None)))
         ways.append(Sequence((literal(prefix), Either((*ends, unlike)))))
     return Either(tuple(ways))
-
-

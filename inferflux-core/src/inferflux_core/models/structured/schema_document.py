@@ -44,7 +44,9 @@ class Refused(Exception):
     def error(self, param: str) -> InvalidRequestError:
         where = shortened(self.pointer, 4 * _MAX_NAME) or "#"
         what = f"keyword {shortened(self.keyword)!r} at {where!r}" if self.keyword else f"the schema at {where!r}"
-        return InvalidRequestError(f"Invalid schema for {param!r}: {what} {self.reason}.", param=param, code="invalid_json_schema")
+        return InvalidRequestError(
+            f"Invalid schema for {param!r}: {what} {self.reason}.", param=param, code="invalid_json_schema"
+        )
 
 
 def shortened(text: str, most: int = _MAX_NAME) -> str:
