@@ -169,37 +169,110 @@ def test_20_the_ends_of_what_is_allowed(server: ApiServer) -> None:
 
 # --- 25 to 29: what a request cannot bring ---------------------------------------------------------------------------------
 
-_SCHEMAS: dict[str, Any] = {
+_LEVELS: dict[str, Any] = {"type": "integer"}
+for _ in range(40):
+    _LEVELS = {"type": "array", "items": _LEVELS}
+
+_REFUSED_SCHEMAS: dict[str, Any] = {
     "recursion": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     "10^5 values": {"enum": list(range(10**5))},
+    "41 levels": _LEVELS,
     "elsewhere": {"$ref": "http://169.254.169.254/latest/meta-data"},
-    "slow pattern": {"type": "string", "pattern": "(a+)+$"},
     "broken pattern": {"type": "string", "pattern": "("},
     "unknown type": {"type": "frobnicate"},
+    "nothing at all": {"type": "integer", "minimum": 2, "maximum": 1},
+}
+_COSTLY_SCHEMAS: dict[str, Any] = {
+    "slow pattern": {"type": "string", "pattern": "(a+)+$"},
+    "slower pattern": {"type": "string", "pattern": "(x{1,999}){1,999}"},
     "10^9 characters": {"type": "string", "maxLength": 10**9},
 }
 
 
+def as_format(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+def function(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", "{% for _ in range(10**9) %}x{% endfor %}"])
+def test_25_templates_are_refused(server: ApiServer, template: str) -> None:
+    assert refusal(server.chat(chat_template=template)) == (400, "unsupported_parameter", "chat_template")
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "kwargs",
     [
-        ("chat_template", "{{ messages }}"),
-        ("chat_template", "{% for _ in range(10**9) %}x{% endfor %}"),
-        ("chat_template_kwargs", {"enable_thinking": True}),
-        ("chat_template_kwargs", {"messages": []}),
-        *(("response_format", {"type": "json_schema", "json_schema": {"schema": schema}}) for schema in _SCHEMAS.values()),
-        ("response_format", {"type": "json_object"}),
-        ("guided_regex", "(a+)+$"),
-        ("tools", [{"type": "function", "function": {"name": f"f{n}"}} for n in range(10_000)]),
-        ("functions", [{"name": "f"}]),
+        {"enable_thinking": True},  # this model's template has no such variable
+        {"messages": "x"},
+        {"tools": "x"},
+        {"bos_token": "x"},
+        {"add_generation_prompt": False},
+        {"raise_exception": "x"},
+        {"range": 1},
+        {"__class__": "x"},
+        {"{{ 7 * 7 }}": 1},
+        {"": 1},
+    ],
+    ids=str,
+)
+def test_25_templates_get_no_variables_but_their_own(server: ApiServer, kwargs: dict[str, object]) -> None:
+    assert refusal(server.chat(chat_template_kwargs=kwargs)) == (400, None, "chat_template_kwargs")
+
+
+@pytest.mark.parametrize("name", _REFUSED_SCHEMAS)
+def test_26_schemas_that_cannot_be_held_are_refused_quickly(server: ApiServer, name: str) -> None:
+    reply = server.chat(response_format=as_format(_REFUSED_SCHEMAS[name]))
+    assert refusal(reply) == (400, "invalid_json_schema", "response_format")
+    assert server_ms(reply) < 5000
+
+
+@pytest.mark.parametrize("name", _COSTLY_SCHEMAS)
+def test_26_schemas_that_may_cost_much_are_answered_or_refused(server: ApiServer, name: str) -> None:
+    reply = server.chat(response_format=as_format(_COSTLY_SCHEMAS[name]))
+    if reply.status_code != 200:
+        assert refusal(reply)[0::2] == (400, "response_format")
+    assert server_ms(reply) < 10_000, "2 s of CPU; this allows for a busy machine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"guided_regex": "("}, "invalid_grammar", "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, None, "guided_choice"),
+        ({"response_format": {"type": "json_object"}, "guided_json": {}}, None, "guided_json"),
+        ({"grammar": 'root ::= "'}, "invalid_grammar", "grammar"),
+        ({"grammar": "start: <|im_end|>"}, "invalid_grammar", "grammar"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "unsupported_parameter", "structured_outputs.structural_tag"),
+        ({"tools": [function(f"f{n}") for n in range(10_000)]}, None, "tools"),
+        ({"tools": [function("f")], "tool_choice": {"type": "function", "function": {"name": "g"}}}, None, "tool_choice"),
+        ({"tool_choice": "required"}, None, "tool_choice"),
+        ({"tools": [function("a b")]}, None, "tools[0].function.name"),
+        ({"tools": [function("</tool_call>")]}, None, "tools[0].function.name"),
+        ({"tools": [function("f\u0000")]}, None, "tools[0].function.name"),
+        ({"tools": [function("f"), function("f")]}, None, "tools[1].function.name"),
+        ({"tools": [function("f", parameters={"type": "array"})]}, "invalid_json_schema", "tools[0].function.parameters"),
+        ({"tools": [function("f", description="x" * 2**20)]}, None, "tools"),
+        ({"tools": [function("f", description="x" * 2**16)]}, "context_length_exceeded", "messages"),
+        ({"functions": [{"name": "f"}], "tools": [function("f")]}, None, "functions"),
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_25_to_28_templates_schemas_and_tools_are_refused(server: ApiServer, field: str, value: object) -> None:
-    """Constrained output and tools are not there yet. An answer without them would look like one with them."""
-    reply = server.chat(**{field: value})
-    assert refusal(reply) == (400, "unsupported_parameter", field)
+def test_26_to_28_what_constraints_and_tools_may_not_be(
+    server: ApiServer, fields: dict[str, Any], code: str | None, param: str
+) -> None:
+    reply = server.chat(**fields)
+    assert refusal(reply) == (400, code, param)
     assert server_ms(reply) < 1000
+
+
+@pytest.mark.parametrize("schema", [_REFUSED_SCHEMAS["elsewhere"], {"type": "object", "properties": {"a": _LEVELS}}])
+def test_28_parameters_of_tools_are_held_to_the_same_rules(server: ApiServer, schema: dict[str, Any]) -> None:
+    tools = [function("f", parameters={"type": "object", "properties": {"a": schema}})]
+    reply = server.chat(tools=tools, tool_choice="required")
+    assert refusal(reply) == (400, "invalid_json_schema", "tools[0].function.parameters")
 
 
 def test_26_a_schema_of_5000_levels(server: ApiServer) -> None:
@@ -210,19 +283,24 @@ def test_26_a_schema_of_5000_levels(server: ApiServer) -> None:
 
 def test_27_schemas_leave_nothing_behind(server: ApiServer) -> None:
     before = {path.name for path in server.state.iterdir()}
-    for number in range(100):
-        schema = {"type": "json_schema", "json_schema": {"schema": {"const": number}}}
-        assert server.chat(response_format=schema).status_code == 400
+    for number in range(30):
+        assert server.chat(response_format=as_format({"const": number}), max_tokens=3).json()["choices"][0]["message"][
+            "content"
+        ] == (str(number))
+        assert server.chat(response_format=as_format({"enum": []})).status_code == 400
     assert {path.name for path in server.state.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "arguments", ["", "{", "null", '{"a":' * 5000, '"' * 100_000, "\\" * 100_000, '{"a":"</tool_call>"}', "(a+)+$" * 1000]
-)
+@pytest.mark.parametrize("arguments", ["", "{", "null", '{"a":' * 9, '"' * 30, "\\" * 30, '{"a":"</tool_call>"}', "(a+)+$" * 6])
 def test_28_arguments_of_any_text(server: ApiServer, arguments: str) -> None:
     call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
-    reply = server.chat(messages=[{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}])
-    assert reply.status_code == 200
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    reply = server.chat(messages=messages)
+    assert reply.status_code == 200, reply.text
+    assert server_ms(reply) < 1000
+    longer = {**call, "function": {"name": "f", "arguments": (arguments or "x") * 5000}}
+    reply = server.chat(messages=[{"role": "assistant", "tool_calls": [longer]}, messages[1]])
+    assert refusal(reply) == (400, "context_length_exceeded", "messages")
     assert server_ms(reply) < 1000
 
 

@@ -145,6 +145,33 @@ def test_22_arguments_of_tool_calls_are_bounded_all_together(server: ApiServer) 
     assert "too many values" in error_of(reply)["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user", "content": "x", "name": "a" * 10_000}]},
+        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "a" * 10_000}]},
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "a" * 10_000}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "a" * 10_000}}]}]},
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":"%s"}' % ("a" * 9000)}}]}
+            ]
+        },
+        {"tools": [{"type": "function", "function": {"name": "f", "description": "a" * 10_000}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"title": "a" * 10_000}}}]},
+    ],
+    ids=lambda fields: str(fields)[:90],
+)
+@pytest.mark.parametrize("path", [URL, "/tokenize", "/apply-template"])
+def test_22_all_that_the_model_is_told_counts_before_it_is_rendered(
+    server: ApiServer, path: str, fields: dict[str, Any]
+) -> None:
+    body = {"model": "open", "messages": [{"role": "user", "content": "x"}], **fields}
+    reply = server.ask("POST", path, body)
+    assert refusal(reply) == (400, "context_length_exceeded", "messages")
+    assert "in any wording" in error_of(reply)["message"]
+
+
 _ASSISTANT: dict[str, Any] = {"role": "assistant", "content": "x"}
 
 

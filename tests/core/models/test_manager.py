@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from inferflux_core.engine.client import EngineClient, EngineState, OutputStream
-from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.errors import (
     ConfigError,
     ConflictError,

@@ -32,7 +32,7 @@ class City(BaseModel):
 
 
 TOOL = openai.pydantic_function_tool(GetWeather)
-OTHER: Any = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
+OTHER: Any = {"type": "function", "function": {"name": "get_time"}}
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import Any
 from inferflux_core.errors import InvalidRequestError
 from inferflux_core.models.chat_template import ChatTemplate
 from inferflux_core.models.prompts import ChatPrompt
+from inferflux_core.models.reasoning.control import template_kwargs
 from inferflux_core.models.reasoning.formats import ReasoningFormat
 from inferflux_core.models.reasoning.options import ReasoningOptions
-from inferflux_core.models.reasoning.control import template_kwargs
 from inferflux_core.models.tool_calls.calls import ToolRequest
 from inferflux_core.models.tool_calls.prompting import with_tools
 from inferflux_core.models.tool_calls.tool_format import ToolFormat

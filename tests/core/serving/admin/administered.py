@@ -18,8 +18,8 @@ from inferflux_core.access.services import AccessServices
 from inferflux_core.config import load_settings
 from inferflux_core.effective import as_json, effective_values
 from inferflux_core.engine.client import EngineClient
-from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.engine.engine_spec import EngineSpec
+from inferflux_core.engine.inprocess import InProcessEngineClient
 from inferflux_core.models.manager import ModelManager
 from inferflux_core.plugins import load_plugins
 from inferflux_core.serving.app import create_app

@@ -8,7 +8,7 @@ something, that comes first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any, Final
 
 from inferflux_core.models.structured.branch import Branch, Demand, State, state
@@ -49,7 +49,7 @@ class _Arrays:
     def _item(self, place: int) -> State:
         """What the item at this place must be."""
         branch = self._branch
-        found = []
+        found: list[Any] = []
         for part in branch.items:
             if place < len(part.prefix):
                 found.append(part.prefix[place])
@@ -93,7 +93,7 @@ class _Arrays:
     def _find_places(self, demand: Demand, count: int) -> list[int] | None:
         if count > _MAX_PLACES:
             raise Refused("#", "minContains", f"asks for more than {_MAX_PLACES} items")
-        found = []
+        found: list[Any] = []
         last = _MAX_PLACES + self._places if self._most is None else min(self._most, _MAX_PLACES + self._places)
         for place in range(last):
             if len(found) == count:
@@ -158,7 +158,7 @@ class _Arrays:
             cuts = [0]
             for place in range(length):
                 cuts.append(cuts[-1] + size + (place < more))
-            yield [self._expander.made(True, enum=values[low:high]) for low, high in zip(cuts, cuts[1:], strict=False)]
+            yield [self._expander.made(True, enum=values[low:high]) for low, high in pairwise(cuts)]
 
     def _ways_of_classes(self, most: int) -> Iterator[list[Demand]]:
         classes = self._classes(self._item(self._places))
@@ -199,7 +199,7 @@ class _Arrays:
             cuts = [low + step * place for place in range(need)]
         made = self._expander.made
         found = [
-            made(True, type="number", minimum=first, exclusiveMaximum=last) for first, last in zip(cuts, cuts[1:], strict=False)
+            made(True, type="number", minimum=first, exclusiveMaximum=last) for first, last in pairwise(cuts)
         ]
         if cuts:
             found.append(made(True, type="number", minimum=cuts[-1]))

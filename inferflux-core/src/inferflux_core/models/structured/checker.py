@@ -43,9 +43,7 @@ class GrammarChecker:
             `busy`. Not called for verdicts that are remembered.
     """
 
-    def __init__(
-        self, settings: StructuredOutputSettings, *, on_compiled: Callable[[float, str], None] | None = None
-    ) -> None:
+    def __init__(self, settings: StructuredOutputSettings, *, on_compiled: Callable[[float, str], None] | None = None) -> None:
         self._settings = settings
         self._on_compiled = on_compiled
         self._verdicts: OrderedDict[str, OrderedDict[bytes, _Verdict]] = OrderedDict()
@@ -139,7 +137,9 @@ class GrammarChecker:
             except WorkerDiedError as error:
                 self._worker = None
                 if error.out_of_time:
-                    return _Verdict(f"takes more than {seconds:g} s to compile; make patterns and repetitions smaller", "timeout")
+                    return _Verdict(
+                        f"takes more than {seconds:g} s to compile; make patterns and repetitions smaller", "timeout"
+                    )
                 if not retry:
                     return _Verdict("needs too much memory to compile; make patterns and repetitions smaller", "refused")
             else:

@@ -43,7 +43,7 @@ def _lives(form: Any, alive: set[str]) -> bool:
     if isinstance(form, bool):
         return form
     if "$ref" in form:
-        return form["$ref"].removeprefix(_PREFIX) in alive
+        return str(form["$ref"]).removeprefix(_PREFIX) in alive
     if "anyOf" in form:
         return any(_lives(part, alive) for part in form["anyOf"])
     if form.get("type") == "object":

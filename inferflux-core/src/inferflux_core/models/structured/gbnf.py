@@ -7,8 +7,6 @@ nothing that may follow could also continue it; else it stays a rule of single c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from inferflux_core.models.structured.gbnf_lexemes import Lexemes
@@ -20,6 +18,7 @@ from inferflux_core.models.structured.pattern_syntax import (
     Either,
     Ranges,
     Repeat,
+    Rule,
     Sequence,
     Tree,
     complement,
@@ -31,13 +30,6 @@ _HEX_DIGITS: Final = {"x": 2, "u": 4, "U": 8}
 _ESCAPES: Final = {"n": 10, "r": 13, "t": 9, "\\": 92, '"': 34, "[": 91, "]": 93, "-": 45, "^": 94, "/": 47}
 _MAX_DEPTH: Final = 100
 _MAX_RULES: Final = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A rule by its name."""
-
-    name: str
 
 
 def is_gbnf(text: str) -> bool:
@@ -62,7 +54,7 @@ class _Reader:
         self._depth = 0
         self._used: dict[str, int] = {}  # name -> where it is used first
 
-    def rules(self) -> Mapping[str, Tree | Call]:
+    def rules(self) -> dict[str, Tree]:
         rules: dict[str, Tree] = {}
         self._skip(lines=True)
         while self._at < len(self._text):
@@ -180,7 +172,7 @@ class _Reader:
         if not name:
             raise self._error(f"unexpected {char!r}")
         self._used.setdefault(name, at)
-        return Call(name)  # type: ignore[return-value]  # a tree of rules, until `Lexemes` resolves it
+        return Rule(name)
 
     def _string(self) -> Tree:
         self._at += 1

@@ -39,7 +39,7 @@ class _Bytes:
     eos_token_id = _EOS
     bos_token_id = None
     special_token_ids = (_EOS, _SPECIAL)
-    tokens = tuple(bytes([byte]) for byte in range(256)) + (b"\xff<eos>", b"\xff<special>")
+    tokens = (*(bytes([byte]) for byte in range(256)), b"\xff<eos>", b"\xff<special>")
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
@@ -85,7 +85,7 @@ def check(vocabulary: LLTokenizer, grammar: str) -> tuple[bytes, str]:
 def _refusal(error: str) -> tuple[bytes, str]:
     """The library's reason in one line, without the excerpts of the grammar that it adds."""
     line = error.strip().split("\n", 1)[0]
-    if "nsatisfiable" in line or "empty" in line.lower() and "regex" in line.lower():
+    if "nsatisfiable" in line or ("empty" in line.lower() and "regex" in line.lower()):
         return REFUSED, "describes nothing: no text can satisfy all of it"
     if any(word in line for word in ("fuel", "too big", "too large", "limit", "too many", "states", "timeout")):
         return LIMIT, ""

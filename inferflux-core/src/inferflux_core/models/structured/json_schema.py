@@ -19,7 +19,7 @@ from inferflux_core.models.structured.form_pruning import Form, pruned
 from inferflux_core.models.structured.object_form import object_forms
 from inferflux_core.models.structured.pattern_syntax import PatternError, parse, ranges_of, union
 from inferflux_core.models.structured.scalar_form import number_forms, string_forms
-from inferflux_core.models.structured.schema_document import Refused, Schema, SchemaDocument
+from inferflux_core.models.structured.schema_document import Refused, SchemaDocument
 from inferflux_core.settings import StructuredOutputSettings
 
 _MAX_STATES: Final = 3000  # places of the rewritten schema
@@ -107,7 +107,7 @@ class _Rewriter:
 
     def rewrite(self) -> dict[str, Any]:
         root = self._child(state((Demand(self._document.root),)))
-        form = pruned(root, {name: form for name, form in self._forms.items()})
+        form = pruned(root, self._forms)
         if form is None:
             if self._lost:
                 raise self._lost[0]
@@ -213,9 +213,9 @@ def is_writable(value: Any) -> bool:
         case int():
             return abs(value) <= 2**53
         case float():
-            return abs(value) <= 2**53 and abs(value) >= 1e-15 or value == 0
+            return value == 0 or 1e-15 <= abs(value) <= 2**53
         case str():
-            return all(char >= " " and char != "\x7f" or char in "\n\r\t\b\f" for char in value)
+            return all((char >= " " and char != "\x7f") or char in "\n\r\t\b\f" for char in value)
         case Mapping():
             return all(map(is_writable, value.values()))
     return all(map(is_writable, value))

@@ -20,7 +20,7 @@ _TOKEN: Final = re.compile(
     |(?P<regex>/(?:[^/\\\n]|\\.)+/[imslux]*)
     |(?P<directive>%[A-Za-z_]+)
     |(?P<name>[?!]?_?[A-Za-z0-9_.-]+)
-    |(?P<sign>[][(){}:|&~*+?,=!-]|->|\.\.)
+    |(?P<sign>->|\.\.|[][(){}:|&~*+?,=!-])
     """,
     re.VERBOSE,
 )

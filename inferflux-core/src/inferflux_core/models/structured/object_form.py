@@ -63,10 +63,8 @@ class _Objects:
         room = None if branch.max_properties is None else branch.max_properties - len(required)
         if room is not None and room < 0:
             return []
-        if room is not None and optional:
-            patterns, rest = (
-                ({name: False for name in patterns}, False) if room <= len(optional) or is_open else (patterns, rest)
-            )
+        if room is not None and optional and (is_open or room <= len(optional)):
+            patterns, rest = dict.fromkeys(patterns, False), False
         forms = []
         for needed, allowed in self._choices(optional, max(0, branch.min_properties - len(required)), room):
             form: Form = {
@@ -135,21 +133,31 @@ class _Objects:
 
     def _apart(self, trees: list[tuple[Tree, State]], rest: State) -> tuple[dict[str, Form | bool], Form | bool]:
         """Patterns that have no name in common; what is left out of the others has to be what the rest is, too."""
-        kept: list[tuple[Tree, Language, Form | bool]] = []
+        kept: list[tuple[Tree, Language | None, Form | bool]] = []
         for tree, demands in trees:
             if any(tree == other for other, _, _ in kept):
                 continue
-            try:
-                language = Language(tree)
-                is_apart = all(common_text([language, other]) is None for _, other, _ in kept)
-            except TooComplexError:
-                is_apart = not kept
-                language = None  # type: ignore[assignment]  # never looked at: no other pattern is kept beside it
-            if is_apart and (language is not None or len(trees) == 1):
+            language = self._language(tree)
+            if not kept or self._is_apart(language, [other for _, other, _ in kept]):
                 kept.append((tree, language, self._child(demands)))
-            else:
-                rest = state((*rest, *demands)) if rest != (Demand(False),) else rest
+            elif rest != (Demand(False),):
+                rest = state((*rest, *demands))
         return {write(tree): form for tree, _, form in kept}, self._child(rest)
+
+    def _language(self, tree: Tree) -> Language | None:
+        """None if it is too large to be compared with others."""
+        try:
+            return Language(tree)
+        except TooComplexError:
+            return None
+
+    def _is_apart(self, language: Language | None, others: list[Language | None]) -> bool:
+        try:
+            return language is not None and all(
+                other is not None and common_text([language, other]) is None for other in others
+            )
+        except TooComplexError:
+            return False
 
     def _matching(self, pattern: str, patterns: list[tuple[str, Demand, Members]]) -> State:
         """What a property must be whose name matches a pattern, and maybe others."""
@@ -163,9 +171,9 @@ class _Objects:
                 own.add(id(part))
         found += [part.rest for part in branch.members if part.rest is not None and id(part) not in own]
         for rule in branch.unevaluated_properties:
-            if not any(id(part) in own and rule.scope in part.within for part in branch.members):
-                if not self._rests_within(rule.scope):
-                    found.append(rule.demand)
+            inside = any(id(part) in own and rule.scope in part.within for part in branch.members)
+            if not inside and not self._rests_within(rule.scope):
+                found.append(rule.demand)
         return state(found)
 
     def _may_meet(self, one: str, two: str) -> bool:

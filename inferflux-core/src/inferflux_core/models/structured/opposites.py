@@ -78,7 +78,7 @@ def _of_values(schema: Mapping[str, Any], keyword: str, made: Maker) -> list[Alt
         case "type":
             names = value if isinstance(value, list) else [value]
             others = [name for name in _TYPES if name not in names and not (name == "number" and "integer" in names)]
-            found = [(made(schema, type=others),)] if others else []
+            found: list[Alternative] = [(made(schema, type=others),)] if others else []
             if "integer" in names and "number" not in names:
                 found.append((made(schema, type="number"), _breaks(made(schema, type="integer"))))
             return found

@@ -21,6 +21,7 @@ from inferflux_core.models.structured.pattern_syntax import (
     Tree,
     complement,
     union,
+    whole,
 )
 from inferflux_core.models.structured.pattern_syntax import Sequence as Row
 
@@ -187,7 +188,7 @@ class _Together:
         Raises:
             TooComplexError: the pattern would be too large.
         """
-        live = self._live()
+        live = self.live()
         if 0 not in live:
             return None
         if len(live) > _MAX_ELIMINATED:
@@ -219,7 +220,7 @@ class _Together:
         _check_size(tree)
         return tree
 
-    def _live(self) -> set[int]:
+    def live(self) -> set[int]:
         """States from which a text can still be accepted. All are reachable."""
         live = {state for state, accepting in enumerate(self.accepting) if accepting}
         growing = True
@@ -228,6 +229,25 @@ class _Together:
             growing = bool(more)
             live |= more
         return live
+
+
+def continuations(tree: Tree) -> Ranges:
+    """Characters with which a whole match can begin that is already one without them.
+
+    Raises:
+        TooComplexError: it cannot be told within bounds.
+    """
+    machine = _Together([Language(whole(tree))], all)
+    live = machine.live()
+    return union(
+        *(
+            ranges
+            for state, moves in enumerate(machine.moves)
+            if machine.accepting[state]
+            for ranges, end in moves
+            if end in live
+        )
+    )
 
 
 def common_text(inside: Sequence[Language], outside: Sequence[Language] = ()) -> str | None:
@@ -259,14 +279,14 @@ def _classes(sets: list[Ranges]) -> list[Ranges]:
     for ranges in set(sets):
         parts = []
         for each in classes:
-            parts += [part for part in (_meet(each, ranges), _meet(each, complement(ranges))) if part]
+            parts += [part for part in (meet(each, ranges), meet(each, complement(ranges))) if part]
         classes = parts
         if len(classes) > _MAX_STATES:
             raise TooComplexError
     return classes
 
 
-def _meet(left: Ranges, right: Ranges) -> Ranges:
+def meet(left: Ranges, right: Ranges) -> Ranges:
     found = []
     first = second = 0
     while first < len(left) and second < len(right):
@@ -282,7 +302,7 @@ def _meet(left: Ranges, right: Ranges) -> Ranges:
 
 def _readable(ranges: Ranges) -> str:
     for low, high in ((97, 122), (48, 57), (65, 90), (95, 95), (45, 45), (32, 126)):
-        if found := _meet(ranges, ((low, high),)):
+        if found := meet(ranges, ((low, high),)):
             return chr(found[0][0])
     return chr(ranges[0][0])
 

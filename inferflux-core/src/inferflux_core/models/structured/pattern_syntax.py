@@ -53,7 +53,14 @@ class Edge:
     is_start: bool
 
 
-Tree = Chars | Sequence | Either | Repeat | Edge
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a rule of a grammar matches; patterns have none."""
+
+    name: str
+
+
+Tree = Chars | Sequence | Either | Repeat | Edge | Rule
 
 EMPTY: Final = Sequence(())
 
@@ -383,6 +390,8 @@ def write(tree: Tree) -> str:
             return f"{inner}{bounds}" if isinstance(part, Chars) else f"(?:{inner}){bounds}"
         case Edge(is_start):
             return "^" if is_start else "$"
+        case Rule():
+            raise TypeError("a rule is no pattern")
 
 
 def _code_text(code: int) -> str:

@@ -133,7 +133,8 @@ class SchemaDocument:
         if isinstance(value, Mapping) and id(value) not in self._pointers:  # not under a keyword, such as `#/components/x`
             for inner, schema in self._walk(value, pointer, self._bases.get(id(resource), "")):
                 _check_keywords(inner, schema, self._limits.max_enum)
-        return value
+        found: Schema = value
+        return found
 
     def _measure(self) -> None:
         """Size and depth of the JSON, before anything recurses into it."""

@@ -12,6 +12,7 @@ from inferflux_core.models.structured.pattern_syntax import PatternError, parse
 from inferflux_core.models.structured.schema_document import Refused, Schema, SchemaDocument
 from inferflux_core.models.structured.string_formats import format_pattern
 
+_UNEVALUATED: Final = frozenset({"unevaluatedProperties", "unevaluatedItems"})
 _MAX_STEPS: Final = 300_000
 
 
@@ -108,9 +109,8 @@ class Validator:
         for keyword in ("$ref", "$dynamicRef"):
             if keyword in schema and not self.holds(value, self._document.target(schema, keyword)):
                 return False
-        if "unevaluatedProperties" in schema or "unevaluatedItems" in schema:
-            if type_of(value) in ("object", "array"):
-                raise Unsure
+        if not schema.keys().isdisjoint(_UNEVALUATED) and isinstance(value, list | Mapping):
+            raise Unsure
         if "const" in schema and key_of(value) != key_of(schema["const"]):
             return False
         if "enum" in schema:
