@@ -111,7 +111,7 @@ def test_settings_change_how_and_not_what(settings: LlamaCppSettings) -> None:
 
 def test_an_adapter_changes_the_logits(tmp_path: Path) -> None:
     plain = answer(LlamaCppSettings()).logprobs[0].logprob
-    path = adapter(tmp_path / "lora.gguf", strength=0.5)
+    path = adapter(tmp_path / "lora.gguf", strength=5.0)
     adapted = answer(LlamaCppSettings(lora=(LoraSettings(path=path),))).logprobs[0].logprob
     switched_off = answer(LlamaCppSettings(lora=(LoraSettings(path=path, scale=0.0),))).logprobs[0].logprob
     assert abs(adapted - plain) > 0.01

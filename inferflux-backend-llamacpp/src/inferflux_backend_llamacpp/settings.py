@@ -43,7 +43,11 @@ class LlamaCppSettings(Group):
     )
     type_k: CacheType = Field("f16", description="Data type of the K cache; q8_0 halves it at a small loss of quality.")
     type_v: CacheType = Field("f16", description="Data type of the V cache; a quantised one needs flash attention.")
-    flash_attn: Literal["auto", "on", "off"] = Field("auto", description="Flash attention; auto turns it on where supported.")
+    flash_attn: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Flash attention. auto leaves it to llama.cpp on GPUs, and turns it off on CPUs, where its kernel is "
+        "slower for all but long prompts, unless type_v is quantised, which needs it.",
+    )
     swa_full: bool = Field(
         True,
         description="Keep the whole context of sliding-window layers, so that any prefix can be reused; false saves memory "
