@@ -26,6 +26,7 @@ from torch_backend.sampler_case import (
     check_logprobs,
     device_sampler,
     draws,
+    host_sampler,
     params_of,
     random_logits,
     reference_draw,
@@ -207,6 +208,29 @@ def test_only_rows_that_ask_are_filtered_and_drawn() -> None:
     asked.clear()
     sampler.sample(logits[:1], [0], [2])
     assert asked == []
+
+
+@both
+def test_of_a_row_with_drafts_what_counts_is_drawn_one_by_one(make: Make) -> None:
+    """Up to the first draft that is not drawn; on the host nothing behind it is even looked at."""
+    drawing = {"temperature": 1.0, "seed": 5, "logprobs": 2}
+    inits = [SequenceInit(slot, params_of(**params), [0] * 4, 4) for slot, params in enumerate((drawing, {"temperature": 0.0}))]
+    logits = torch.stack([torch.from_numpy(random_logits(seed, 101)) for seed in range(7)])
+    slots, positions = [0, 0, 0, 0, 0, 1, 1], [4, 5, 6, 7, 8, 4, 5]
+    sampler = make(101)
+    for init in inits:
+        sampler.start(init)
+    expected, entries = zip(
+        *(reference_draw(inits[slot], 101, row.numpy(), at) for row, slot, at in zip(logits, slots, positions, strict=True)),
+        strict=True,
+    )
+    drafts = {0: expected[0], 1: expected[1], 2: expected[2] ^ 1, 3: expected[3], 5: expected[5]}
+    tokens, found = sampler.sample(logits, slots, positions, drafts=drafts).collect()
+    for row in (0, 1, 2, 5, 6):
+        assert tokens[row] == expected[row]
+        check_logprobs(found[row], entries[row])
+    if make is host_sampler:
+        assert (tokens[3:5], found[3:5]) == ([-1, -1], [None, None])
 
 
 def test_noise_in_pieces_is_noise_in_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,13 @@ def float_row(logits: Tensor, row: int) -> Row:
     return values
 
 
+def some_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows of logits [R, V]. Not by torch either."""
+    if logits.dtype in (torch.bfloat16, torch.float16):  # numpy knows no bfloat16
+        return torch.from_numpy(logits.view(torch.int16).numpy()[list(rows)]).view(logits.dtype)
+    return torch.from_numpy(logits.numpy()[list(rows)])
+
+
 def _some(logits: Tensor, row: int, ids: TokenIds) -> Row:
     """Some entries of one row of logits [R, V], in float32."""
     if logits.dtype is torch.bfloat16:

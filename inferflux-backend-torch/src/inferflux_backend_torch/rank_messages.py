@@ -138,12 +138,13 @@ TO_FOLLOWER: msgspec.msgpack.Decoder[Join | Lengths | WarmUp | Plan | Sample] = 
     Join | Lengths | WarmUp | Plan | Sample
 )
 FROM_FOLLOWER: msgspec.msgpack.Decoder[Started | Lengths | Failed] = msgspec.msgpack.Decoder(Started | Lengths | Failed)
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=list)  # a plan's tokens and blocks are sequences of any kind, such as ranges
 _LENGTH = struct.Struct("<I")
 
 
 def encode(message: msgspec.Struct) -> bytes:
     """A message as it goes over the channel."""
-    data = msgspec.msgpack.encode(message)
+    data = _ENCODER.encode(message)
     return _LENGTH.pack(len(data)) + data
 
 

@@ -126,11 +126,14 @@ class TorchRunner(ModelRunner):
         slots = [row.slot for row in ticket.rows for _ in range(row.n_draft + 1)]
         positions = [p for row in ticket.rows for p in range(row.start + row.n - row.n_draft, row.start + row.n + 1)]
         permitted = permitted_words(mask, ticket.rows, self.model_info.vocab_size)
+        drafts = _drafts(ticket.rows)
         first = 0
         for logits in self._logits(ticket):
             last = first + len(logits)
             some = {place - first: words for place, words in permitted.items() if first <= place < last}
-            ticket.samples.append(self._sampler.sample(logits, slots[first:last], positions[first:last], some))
+            # A draft at the last place is for the next part, where its row counts as the first of its slot.
+            own = {place - first: token for place, token in drafts.items() if first <= place < last - 1}
+            ticket.samples.append(self._sampler.sample(logits, slots[first:last], positions[first:last], some, own))
             first = last
 
     def _logits(self, ticket: TorchTicket) -> Iterator[Tensor]:
@@ -165,6 +168,18 @@ class TorchRunner(ModelRunner):
 
     def close(self) -> None:
         """Nothing to do: the memory goes with the objects."""
+
+
+def _drafts(rows: Sequence[Row]) -> dict[int, int]:
+    """Of each place that sampled rows have logits at, in order: the draft that is verified there; without those of no draft."""
+    drafts: dict[int, int] = {}
+    place = 0
+    for row in rows:
+        if row.n_draft:
+            assert row.tokens is not None, "drafts are tokens that the host knows"
+            drafts.update(enumerate(row.tokens[-row.n_draft :], place))
+        place += row.n_draft + 1
+    return drafts
 
 
 def _verified(sampled: list[int], row: Row) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import random
 import threading
@@ -26,7 +27,7 @@ from core.engine.constrained import (
     refusal_of,
     state_of,
 )
-from inferflux_core.engine.grammar import Grammars
+from inferflux_core.engine.grammar import GrammarError, Grammars
 from inferflux_core.engine.grammar_state import GrammarState
 from inferflux_core.engine.types import Constraint
 from inferflux_core.engine.vocabulary import Vocabulary
@@ -160,6 +161,28 @@ def test_what_cannot_be_compiled_is_refused_without_its_text(
     assert error.startswith("The required format could not be compiled")
     assert "nothing" not in error
     assert [r.getMessage() for r in caplog.records if "nothing" in r.getMessage()] == []
+
+
+def test_refusals_that_are_kept_hold_nothing_else(grammars: Grammars) -> None:
+    """An exception keeps the frames of every time that it was raised, and with them what was refused."""
+    bad = "start: kept_nowhere"
+    assert len({refusal_of(grammars, bad) for _ in range(3)}) == 1
+    kept = [error for error in gc.get_objects() if isinstance(error, GrammarError)]
+    assert kept
+    assert [error.__traceback__ for error in kept] == [None] * len(kept)
+
+
+def test_a_panic_of_the_library_refuses_one_constraint(monkeypatch: pytest.MonkeyPatch, grammars: Grammars) -> None:
+    class Panic(BaseException):
+        """As the library's, which is no Exception."""
+
+    def panic(*_: object) -> None:
+        raise Panic
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Grammars, "_compiled", panic)
+        assert refusal_of(grammars, 'start: "panics"') == "The required format could not be compiled."
+    assert state_of(grammars, 'start: "panics"').error is None
 
 
 def test_one_state_knows_nothing_of_another(grammars: Grammars) -> None:

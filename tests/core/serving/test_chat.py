@@ -204,6 +204,7 @@ async def test_messages_as_templates_expect_them() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call, broken]},
         {"role": "tool", "tool_call_id": "call_1", "content": "42"},
         {"role": "assistant", "content": "ok", "reasoning": "hm"},
+        {"role": "assistant", "content": None, "reasoning_content": "cut"},
     ]
     async with s.client() as client:
         response = await client.post(URL, json={"messages": messages, "tools": [], "tool_choice": "none"})
@@ -221,6 +222,7 @@ async def test_messages_as_templates_expect_them() -> None:
         },
         {"role": "tool", "content": "42", "tool_call_id": "call_1"},
         {"role": "assistant", "content": "ok", "reasoning_content": "hm"},
+        {"role": "assistant", "content": "", "reasoning_content": "cut"},
     ]
 
 

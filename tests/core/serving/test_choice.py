@@ -13,13 +13,13 @@ from inferflux_core.models.reasoning.splitter import ThoughtSplitter
 from inferflux_core.models.tool_calls.calls import CallDelta, Function, ToolRequest
 from inferflux_core.models.tool_calls.hermes import HermesFormat
 from inferflux_core.serving.choice import Choice, joined
-from inferflux_core.serving.generation import Delta
+from inferflux_core.serving.generation import Delta, TokenEntry
 from inferflux_core.testing.fake_backend import FakeTokenizer
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 
 
-def choice(*, parallel: bool = True, stop: Sequence[str] = (), shows_thoughts: bool = True) -> Choice:
+def choice(*, parallel: bool = True, stop: Sequence[str] = (), shows_thoughts: bool = True, in_text: bool = False) -> Choice:
     """A choice of a model that thinks and calls the function `f`."""
     family = reasoning_format("think", None)
     assert family is not None
@@ -28,7 +28,8 @@ def choice(*, parallel: bool = True, stop: Sequence[str] = (), shows_thoughts: b
     parser = OutputParser(
         tokenizer, stop=stop, splitter=ThoughtSplitter(family, False), tools=HermesFormat().parser(request), markers=()
     )
-    return Choice(0, "r", tokenizer, parser, shows_thoughts=shows_thoughts)
+    tags = (family.begin, family.end) if in_text else None
+    return Choice(0, "r", tokenizer, parser, shows_thoughts=shows_thoughts, tags=tags)
 
 
 def taken(to: Choice, *texts: str, reason: FinishReason = FinishReason.STOP) -> Delta:
@@ -75,6 +76,30 @@ def test_hidden_thoughts_are_counted_all_the_same() -> None:
     assert it.num_reasoning > 0
 
 
+@pytest.mark.parametrize("cut", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("<think>Hm.</think>Yes", "<think>\nHm.\n</think>\n\nYes"),
+        (" <think>\nHm.\n</think>\n\n", "<think>\nHm.\n</think>\n\n"),
+        ("<think></think>Yes", "Yes"),
+        ("<think>Hm", "<think>\nHm"),  # as it was left
+        ("Yes </think>", "Yes </think>"),
+        (f"<think>Hm.</think>{CALL}", "<think>\nHm.\n</think>\n\n"),
+        ("<think>x</think>yx", "<think>\nx\n</think>\n\ny"),
+    ],
+)
+def test_thoughts_in_the_text_stand_between_tags(written: str, text: str, cut: int) -> None:
+    it = choice(in_text=True, stop=["x"])
+    delta = taken(it, *(written[at : at + cut] for at in range(0, len(written), cut)))
+    assert (delta.reasoning, delta.text, bool(delta.calls)) == ("", text, CALL in written)
+    assert (it.num_reasoning > 0) == written.lstrip().startswith("<think>")
+
+
+def test_hidden_thoughts_are_not_in_the_text_either() -> None:
+    assert taken(choice(in_text=True, shows_thoughts=False), "<think>Hm.</think>Yes").text == "Yes"
+
+
 @pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
 def test_a_call_that_is_cut(reason: FinishReason) -> None:
     it = choice()
@@ -100,7 +125,22 @@ def test_the_one_call_of_an_answer_ends_it() -> None:
     it = choice(parallel=False)
     delta = taken(it, CALL, "more", reason=FinishReason.LENGTH)
     assert (delta.text, delta.finish_reason, it.finish_reason) == ("", "tool_calls", "tool_calls")
-    assert it.num_generated == len(CALL), "the rest was not waited for"
+    assert it.num_generated == CALL.index("}}") + 2, "what follows the call is not waited for, and counts for nothing"
+
+
+@pytest.mark.parametrize("cut", [1, 3, 1000])
+def test_what_an_answer_costs_does_not_depend_on_how_its_tokens_were_grouped(cut: int) -> None:
+    it = choice(stop=["STOP"])
+    ids = list(b"some text STOP and more")
+    entries: list[TokenEntry] = []
+    for at in range(0, len(ids), cut):
+        part = ids[at : at + cut]
+        delta = it.take(EngineOutput("r", part, None, at + len(part), 3, [TokenLogprobs(-1.0, [])] * len(part)))
+        entries += delta.tokens or []
+        if it.finish_reason is not None:
+            break
+    assert (it.finish_reason, it.num_generated) == ("stop", len("some text STOP"))
+    assert b"".join(entry.drawn.bytes for entry in entries) == b"some text STOP"
 
 
 def test_stop_strings_end_the_text_only() -> None:

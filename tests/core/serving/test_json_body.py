@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -13,7 +14,11 @@ from hypothesis import strategies as st
 
 from core.serving.scripted import CHAT, stand
 from inferflux_core.errors import InvalidRequestError
+from inferflux_core.serving.body_reader import INLINE_BYTES
+from inferflux_core.serving.generation import GenerationRequest
 from inferflux_core.serving.json_body import MAX_NODES, parse_object
+from inferflux_core.serving.openai.schemas import ChatBody
+from inferflux_core.settings import ServerSettings
 
 URL = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -152,6 +157,24 @@ async def test_a_large_body_does_not_hold_up_others() -> None:
     assert response.status_code == 200
     assert lags
     assert max(lags) < 0.2
+
+
+@pytest.mark.parametrize(("size", "thread"), [(10, "MainThread"), (INLINE_BYTES, "inferflux-parser_0")])
+async def test_what_a_large_body_says_is_made_out_where_it_is_parsed(
+    monkeypatch: pytest.MonkeyPatch, size: int, thread: str
+) -> None:
+    threads: list[str] = []
+    generation = ChatBody.generation
+
+    def noted(body: ChatBody, server: ServerSettings) -> GenerationRequest:
+        threads.append(threading.current_thread().name)
+        return generation(body, server)
+
+    monkeypatch.setattr(ChatBody, "generation", noted)
+    s = stand()
+    async with s.client() as client:
+        response = await client.post(URL, json={"messages": [{"role": "user", "content": "x" * size}]})
+    assert (response.status_code, threads) == (200, [thread])
 
 
 @pytest.mark.parametrize("announced", [True, False])

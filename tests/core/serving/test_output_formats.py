@@ -90,6 +90,12 @@ REFUSED: list[tuple[dict[str, Any], str, str | None, str]] = [
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", None, "at least 1"),
     ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]", None, "string"),
     ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "unsupported_parameter", "tags"),
+    (
+        {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}},
+        "structured_outputs.disable_additional_properties",
+        "unsupported_parameter",
+        '"additionalProperties": false',
+    ),
     ({"guided_json": "[1]"}, "guided_json", "invalid_json_schema", "not JSON of an object"),
     ({"guided_regex": 5}, "guided_regex", None, "string"),
     ({"guided_choice": "a"}, "guided_choice", None, "array"),

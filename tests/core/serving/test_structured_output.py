@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -11,14 +12,19 @@ from typing import Any
 import pytest
 
 from core.serving.noted_leases import KEY, Stand, exhaust, made, request, standing
-from inferflux_core.errors import InvalidRequestError
+from inferflux_core.engine.types import EngineOutput, FinishReason
+from inferflux_core.errors import InvalidRequestError, RequestTimeoutError
 from inferflux_core.models.chat_template import ChatTemplate
+from inferflux_core.models.output_parser import OutputParser
 from inferflux_core.models.reasoning.formats import reasoning_format
 from inferflux_core.models.reasoning.options import ReasoningOptions
 from inferflux_core.models.structured.output_format import OutputFormat
 from inferflux_core.models.tool_calls.calls import Function, ToolRequest
+from inferflux_core.models.tool_calls.formats import tool_format
+from inferflux_core.serving.choice import Choice
 from inferflux_core.serving.generation import CallDelta, ChatPrompt, Delta, Done, Event
 from inferflux_core.serving.grammars import RequestGrammars
+from inferflux_core.serving.pipeline import Pipeline
 from inferflux_core.settings import StructuredOutputSettings
 
 LIMITS = StructuredOutputSettings()
@@ -149,6 +155,39 @@ async def test_a_call_that_ends_with_the_tokens_says_so(stand: Stand) -> None:
     assert last.calls[-1].incomplete
 
 
+async def test_a_format_beside_tools_holds_no_function_to_its_schema_that_is_not_strict(stand: Stand) -> None:
+    bad = Function("g", "", {"type": "object", "properties": {"a": {"$ref": "http://elsewhere/"}}})
+    tools = ToolRequest(functions=(F, bad), allowed=frozenset({"f", "g"}))
+    assert (await answered(stand, tools=tools, format=PERSON, max_tokens=5)).finish_reason == "length"
+    with pytest.raises(InvalidRequestError) as caught:
+        await answered(stand, tools=replace(tools, functions=(F, replace(bad, strict=True))), format=PERSON)
+    assert caught.value.param == "tools[1].function.parameters"
+
+
+async def test_the_grammar_of_calls_is_that_of_the_models_format(stand: Stand) -> None:
+    """Two formats whose marks are no control tokens, and one template."""
+    tools = replace(BOTH, allowed=frozenset({"g"}), must_call=True, parallel=False)
+    model = stand.models.get(None)
+    assert model.chat is not None
+    for name in ("hermes", "json", "hermes"):
+        model.chat = replace(model.chat, tools=tool_format(name, model.chat.source))
+        answer = await answered(stand, tools=tools)
+        assert answer.calls == {0: ("g", "{}")}, name
+
+
+async def test_what_becomes_of_a_sequence_whose_choice_has_ended_does_not_matter(stand: Stand) -> None:
+    class Engine:
+        def abort(self, ids: list[str]) -> None:
+            pass
+
+    tokenizer = stand.models.get(None).ready_tokenizer()
+    choices = {"r": Choice(0, "r", tokenizer, OutputParser(tokenizer, stop=["x"]))}
+    error = EngineOutput("r", [], FinishReason.ERROR, 3, 0)
+    outputs = [EngineOutput("r", list(b"ax"), None, 2, 0), error]
+    deltas = Pipeline._deltas(Engine(), request(), choices, outputs)  # type: ignore[arg-type]  # all that it needs of one
+    assert [(delta.text, delta.finish_reason) for delta in deltas] == [("a", "stop")]
+
+
 # --- thoughts -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +227,24 @@ async def test_a_budget_alone_needs_no_grammar_and_no_check(thinker: Stand, chec
     assert checker.asked == []
     free = await answered(thinker, max_tokens=50)
     assert (len(free.reasoning), free.text, thinker.engine.given[-1].constraint) == (50, "", None)
+
+
+async def test_thoughts_may_stay_in_the_text(thinker: Stand) -> None:
+    apart = await answered(thinker, format=PERSON, reasoning=ReasoningOptions(budget=10))
+    answer = await answered(thinker, format=PERSON, reasoning=ReasoningOptions(budget=10, apart=False))
+    assert (answer.text, answer.reasoning) == (f"<think>\n{apart.reasoning}\n</think>\n\n{apart.text}", "")
+    text = await answered(thinker, prompts=["hi"], reasoning=ReasoningOptions(apart=False), max_tokens=5)
+    assert "<think>" not in text.text
+
+
+async def test_thoughts_and_calls_are_counted(thinker: Stand) -> None:
+    tools = replace(BOTH, allowed=frozenset({"g"}), must_call=True, parallel=False)
+    answer = await answered(thinker, tools=tools, reasoning=ReasoningOptions(budget=10), n=2)
+    done = answer.events[-1]
+    assert isinstance(done, Done)
+    page = thinker.metrics.scrape()[0].decode().splitlines()  # of metrics that were told of no model
+    assert f'inferflux_reasoning_tokens_total{{model="unknown"}} {done.usage.reasoning_tokens:.1f}' in page
+    assert 'inferflux_tool_calls_total{model="unknown"} 2.0' in page
 
 
 async def test_text_completions_have_neither_thoughts_nor_calls(thinker: Stand) -> None:
@@ -252,6 +309,18 @@ async def test_what_the_engine_cannot_hold_is_the_requests_fault(stand: Stand) -
     assert (caught.value.param, caught.value.code) == ("grammar", "constraint_failed")
     assert stand.book.entries[-1].startswith("settle")
     assert re.fullmatch(FORMATS[1][1], (await answered(stand, format=FORMATS[1][0])).text), "the next one is answered"
+
+
+async def test_a_check_that_takes_too_long_ends_at_the_requests_deadline() -> None:
+    class Never:
+        async def check(self, grammar: str, *, tenant: str, param: str) -> None:
+            await asyncio.Event().wait()
+
+    async with standing(grammars=RequestGrammars(LIMITS, Never())) as stand:
+        async with asyncio.timeout(5):
+            with pytest.raises(RequestTimeoutError, match="schema or grammar"):
+                await exhaust(stand.pipeline.generate(made(KEY, 0.05), request(format=PERSON)))
+        assert stand.book.entries == ["acquire tiny", "settle 0"]
 
 
 @pytest.mark.parametrize("number", [None, 0, 4])

@@ -82,7 +82,8 @@ def chat(
     """Chat with a model.
 
     With MESSAGE (- for stdin), or with text piped in, the answer is printed and the program ends. Otherwise an
-    interactive chat begins; /help lists its commands.
+    interactive chat begins; /help lists its commands. What a reasoning model thinks first is shown in the interactive chat
+    and by --json without --no-stream, and is no part of the answer; --max-tokens counts it.
 
     --json prints one object a line: {"type":"text","text"} and {"type":"reasoning","text"} as they come, then
     {"type":"done","model","finish_reason","usage"}; {"type":"error","error"} when it fails.
@@ -165,6 +166,9 @@ def models(server: Server, /, model_id: str | None) -> None:
 @server_command
 def status(server: Server, /, by_position: bool) -> None:
     """Show whether the server is ready, and what its models are doing. Exit code 0 when ready, else 1.
+
+    For models that speculate: how many tokens were drafted and accepted since the engine started, which share of them that is
+    (`share`), and how many were accepted of one draft on average (`a draft`).
 
     --json prints {"url","reachable","ready","status","version","models":[{"name","state","requests_running",
     "requests_waiting","kv_cache_usage_ratio","restarts","speculation"}],"notes":[...]}; speculation is null or {"method",

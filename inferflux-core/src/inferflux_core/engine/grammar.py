@@ -29,6 +29,9 @@ _INLINE_S = 100e-6
 _ROW_S = 100e-6
 # Tokens drawn under a grammar before it is compiled anew, long before the states of its patterns reach their limit.
 _FRESH_TOKENS = 20_000
+# What compiled grammars may take together, as far as can be told, beside the sequences that are running. A hostile pattern
+# learns tens of megabytes in a hundred tokens, and a tenant may keep thousands of grammars.
+_MAX_BYTES = 512 << 20
 # Tags of thoughts come from the model's family, so there are few.
 _MAX_TAGS = 32
 
@@ -144,7 +147,7 @@ class Grammars:
             return GrammarState(vocabulary, answer, Thoughts(thinking), self._tags_of(vocabulary, thinking), wear)
         except GrammarError as error:
             return _Refused(str(error))
-        except Exception as error:  # whatever it is, the sequence must not run without its constraint
+        except BaseException as error:  # a panic of the library too: no sequence may run without its constraint
             logger.error("a constraint could not be compiled: %s", type(error).__name__)
             return _Refused("The required format could not be compiled.")
 
@@ -157,13 +160,15 @@ class Grammars:
         digest = _digest(grammar)
         kept = self._kept(salt, digest)
         if kept is None:
+            began = time.perf_counter()
             try:
-                kept = _Compiled(self._compiled(vocabulary, grammar), Wear())
+                matcher = self._compiled(vocabulary, grammar)
+                kept = _Compiled(matcher, Wear(seconds=time.perf_counter() - began))
             except GrammarError as error:
-                kept = error
+                kept = GrammarError(str(error))  # what is kept must not hold on to the frames of this call
             self._keep(salt, digest, kept)
         if isinstance(kept, GrammarError):
-            raise kept
+            raise GrammarError(str(kept))  # an exception gathers the frames of each time that it is raised
         return kept
 
     def _compiled(self, vocabulary: Vocabulary, grammar: str) -> LLMatcher:
@@ -199,6 +204,16 @@ class Grammars:
                 entries.popitem(last=False)
             if len(self._cache) > self._cache_salts:
                 self._cache.popitem(last=False)
+            self._bound_memory()
+
+    def _bound_memory(self) -> None:
+        """Let the least recently used go while what is kept takes too much memory; one alone never does."""
+        excess = sum(_num_bytes(kept) for entries in self._cache.values() for kept in entries.values()) - _MAX_BYTES
+        while excess > 0:
+            salt, entries = next(iter(self._cache.items()))
+            excess -= _num_bytes(entries.popitem(last=False)[1])
+            if not entries:
+                del self._cache[salt]
 
     def _tags_of(self, vocabulary: Vocabulary, thinking: Thinking) -> Tags:
         key = thinking.begin, thinking.end
@@ -295,6 +310,10 @@ def _tag_grammar(vocabulary: Vocabulary, tag: str) -> str:
     """A tag as the tokenizer reads it, control tokens and all, or spelled in any other way."""
     as_read = " ".join(f"<[{token}]>" for token in vocabulary.parse(tag))
     return f"start: {as_read} | {json.dumps(tag)}"
+
+
+def _num_bytes(kept: _Compiled | GrammarError) -> int:
+    return kept.wear.num_bytes if isinstance(kept, _Compiled) else 0
 
 
 def _digest(grammar: str) -> _Digest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,13 @@ _NOT_TAKEN = _FAILED + "a token was drawn that it does not allow."
 _NO_TOKEN = _FAILED + "no token of the model's vocabulary can go on. Simplify the schema or grammar."
 _BEHIND_TAG = _FAILED + "what the model wrote right behind its thoughts does not begin an answer."
 _INCOMPLETE = _FAILED + "the model ended it too early."
+
+
+# A mask whose states are all known takes less; one that takes longer has most likely learned some.
+_KNOWN_S = 200e-6
+# Measured with 49,152 tokens: 50,000 states, the limit, take 86 ms and 21 to 27 MB.
+_BYTES_PER_SECOND = 250e6
+_MOST_BYTES = 27_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,21 @@ class Wear:
     Attributes:
         num_tokens: drawn under it.
         has_failed: whether a sequence could not be held to it.
+        seconds: spent on learning.
     """
 
     num_tokens: int = 0
     has_failed: bool = False
+    seconds: float = 0.0
+
+    def masked(self, rows: int, seconds: float) -> None:
+        """So many rows of a mask took so long."""
+        self.seconds += max(0.0, seconds - rows * _KNOWN_S)
+
+    @property
+    def num_bytes(self) -> int:
+        """What was learned takes about so much memory, as the library does not tell."""
+        return int(min(_BYTES_PER_SECOND * self.seconds, _MOST_BYTES))
 
 
 class GrammarState:
@@ -166,6 +185,14 @@ class GrammarState:
         """
         if self.is_free(draft):
             return False
+        began = time.perf_counter()
+        try:
+            return self._fill(draft, rows)
+        finally:
+            self._wear.masked(len(rows), time.perf_counter() - began)
+
+    def _fill(self, draft: Sequence[int], rows: Words) -> bool:
+        """As `fill`, where something may be forbidden."""
         if self._thoughts is None and self._answer is not None:
             self._fill_answer(self._answer, draft, rows)
             return True

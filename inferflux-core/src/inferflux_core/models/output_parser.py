@@ -89,6 +89,16 @@ class OutputParser:
         """Whether the answer is complete with its last call. What follows is ignored."""
         return self._tools is not None and self._tools.is_complete and not self.stopped
 
+    @property
+    def in_thoughts(self) -> bool:
+        """Whether what comes next belongs to thoughts."""
+        return self._splitter is not None and self._splitter.in_thoughts
+
+    @property
+    def can_end(self) -> bool:
+        """Whether a stop string or a call may end the answer before the engine does."""
+        return self._stops is not None or self._tools is not None
+
     def push(self, token_ids: Sequence[int]) -> Parsed:
         """What more tokens bring, as far as it can be told now."""
         if self._plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, TypeVar
 
@@ -19,6 +20,7 @@ from inferflux_core.serving.validation import first_error
 from inferflux_core.settings import ServerSettings
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+MadeT = TypeVar("MadeT")
 
 # One thread for all large bodies: parsing holds the interpreter's lock, and several at once would take it from the event loop
 # again and again.
@@ -49,14 +51,23 @@ class BodyReader:
             InvalidRequestError: not JSON, not an object, too deep, or not what the model wants.
             ClientDisconnected: the client left before the body was complete.
         """
+        result, _ = await self.read_as(request, model, lambda _: None)
+        return result
+
+    async def read_as(self, request: Request, model: type[ModelT], make: Callable[[ModelT], MadeT]) -> tuple[ModelT, MadeT]:
+        """As `read`; also what `make` makes of the body, in the thread where that is parsed if it is large."""
         _check_media_type(request)
         announced = request.headers.get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:20]) > self._max_bytes:
             _refuse_size(self._max_bytes)
         body = await _read_bytes(request.receive, self._max_bytes)
         if len(body) <= INLINE_BYTES:
-            return self._parse(body, model)
-        return await asyncio.get_running_loop().run_in_executor(_PARSER, self._parse, body, model)
+            return self._made(body, model, make)
+        return await asyncio.get_running_loop().run_in_executor(_PARSER, self._made, body, model, make)
+
+    def _made(self, body: bytes, model: type[ModelT], make: Callable[[ModelT], MadeT]) -> tuple[ModelT, MadeT]:
+        result = self._parse(body, model)
+        return result, make(result)
 
     def _parse(self, body: bytes, model: type[ModelT]) -> ModelT:
         document = parse_object(body, self._max_depth)

@@ -64,10 +64,11 @@ class RequestGrammars:
             raise _turned_off(request)
         # A format is the answer's; an answer that has to be a call is not one.
         answer = None if tools is not None and tools.must_call else request.format
-        # What calls look like depends on the template, and on which of the marks are tokens of their own.
-        marks = None if tools is None or chat is None or chat.tools is None else control_tokens(tokenizer, chat.tools.markers)
-        source = "" if tools is None or chat is None else chat.source
-        demand = msgspec.json.encode([tenant, source, marks, answer, tools])
+        # What calls look like depends on their format, the template, and on which of the marks are tokens of their own.
+        look = None
+        if tools is not None and chat is not None and chat.tools is not None:
+            look = [chat.tools.name, chat.source, control_tokens(tokenizer, chat.tools.markers)]
+        demand = msgspec.json.encode([tenant, look, answer, tools])
         key = hashlib.blake2b(demand, digest_size=16).digest()
         grammar = self._made.pop(key, None)
         if grammar is None:
@@ -113,8 +114,9 @@ class RequestGrammars:
         special = control_tokens(tokenizer, chat.tools.markers)
         if answer is None:
             return chat.tools.grammar(tools, self._schemas(tools), special)
-        calls = replace(tools, must_call=True)
-        return either(chat.tools.grammar(calls, self._schemas(calls), special), grammar_of(answer, self._settings))
+        # Whether to call stays the model's choice, so no more functions than usual are held to their schemas.
+        calls = chat.tools.grammar(replace(tools, must_call=True), self._schemas(tools), special)
+        return either(calls, grammar_of(answer, self._settings))
 
     def _schemas(self, tools: ToolRequest) -> dict[str, dict[str, Any]]:
         """Checked schemas of the functions whose arguments are held to them."""

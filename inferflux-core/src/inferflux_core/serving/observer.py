@@ -11,11 +11,18 @@ from inferflux_core.telemetry.metrics import Metrics
 
 
 class Observer:
-    """Times one request for the metrics, however it ends."""
+    """Times one request for the metrics, however it ends.
+
+    Attributes:
+        model: name of the one that answers.
+        num_generated, num_reasoning, num_calls: tokens, those of thoughts among them, and calls begun, of all choices.
+    """
 
     def __init__(self, context: RequestContext, model: str | None, metrics: Metrics) -> None:
         self.model = model or ""
         self.num_generated = 0
+        self.num_reasoning = 0
+        self.num_calls = 0
         self._context = context
         self._metrics = metrics
         self._first: float | None = None
@@ -53,5 +60,7 @@ class Observer:
             ttft=None if first is None else first - self._context.arrival,
             queue_time=self._queue_time,
             num_generated=self.num_generated,
+            num_reasoning=self.num_reasoning,
+            num_calls=self.num_calls,
             decode_time=None if first is None else self._last - first,
         )

@@ -126,17 +126,15 @@ class Pipeline:
             tokenizer = model.ready_tokenizer()
             await self._describe(request, outcome)
             chat = model.chat if isinstance(request.prompts[0], ChatPrompt) else None
-            tenant = context.cache_tenant or context.principal.tenant
-            grammar = await self._grammars.of(request, chat, tokenizer, tenant)
+            grammar = await self._grammar(context, request, chat, tokenizer)
             prompts = [await self._prompt(model, chat, request, prompt, grammar) for prompt in request.prompts]
             sequences = engine_requests(context, request, admitted, tokenizer, model.max_model_len or 0, prompts)
             await self._reserve(context, admitted, prompts, sequences)
             used_tokens = outcome.prompt_tokens = sum(map(len, prompts))
             choices = {}
             for index, sequence in enumerate(sequences):
-                parser = _parser(request, chat, tokenizer, prompts[index // request.n].opens_thoughts)
-                shows = request.reasoning.include
-                choices[sequence.request_id] = Choice(index, sequence.request_id, tokenizer, parser, shows_thoughts=shows)
+                is_open = prompts[index // request.n].opens_thoughts
+                choices[sequence.request_id] = _choice(index, sequence.request_id, request, chat, tokenizer, is_open)
             try:
                 events = self._run(context, request, engine, sequences, choices, prompts, observer)
                 async with contextlib.aclosing(events):
@@ -148,6 +146,8 @@ class Pipeline:
                 raise
             finally:
                 observer.num_generated = outcome.output_tokens = sum(choice.num_generated for choice in choices.values())
+                observer.num_reasoning = sum(choice.num_reasoning for choice in choices.values())
+                observer.num_calls = sum(choice.num_calls for choice in choices.values())
                 outcome.cached_tokens = sum(choice.num_cached for choice in list(choices.values())[:: request.n])
                 outcome.finish_reason = next(iter(choices.values())).finish_reason or ""
         finally:
@@ -185,7 +185,7 @@ class Pipeline:
     ) -> AsyncGenerator[Event, None]:
         stream = OutputStream()
         deadline = asyncio.get_running_loop().call_later(
-            max(0.0, context.deadline - time.monotonic()),
+            _seconds_left(context),
             stream.fail,
             RequestTimeoutError("The request took too long and was ended. Ask for fewer tokens or retry later."),
         )
@@ -223,6 +223,19 @@ class Pipeline:
 
     # --- before -------------------------------------------------------------------------------------------------------
 
+    async def _grammar(
+        self, context: RequestContext, request: GenerationRequest, chat: ChatFormat | None, tokenizer: Tokenizer
+    ) -> str:
+        """As `RequestGrammars.of`; the checks of others, for which it may wait, are no reason to miss the deadline."""
+        tenant = context.cache_tenant or context.principal.tenant
+        try:
+            async with asyncio.timeout(_seconds_left(context)):
+                return await self._grammars.of(request, chat, tokenizer, tenant)
+        except TimeoutError:
+            raise RequestTimeoutError(
+                "The request took too long and was ended before its schema or grammar was checked. Please retry later."
+            ) from None
+
     async def _prompt(
         self, model: ServedModel, chat: ChatFormat | None, request: GenerationRequest, prompt: Prompt, grammar: str
     ) -> TokenisedPrompt:
@@ -235,7 +248,11 @@ class Pipeline:
                 param=request.prompt_param,
             )
         if isinstance(prompt, ChatPrompt):
-            prompt = self._models.chat_prompt(model, prompt, request.tools, request.reasoning)
+            told = (model, prompt, request.tools, request.reasoning)
+            if request.tools is None:
+                prompt = self._models.chat_prompt(*told)
+            else:  # hundreds of tools take milliseconds
+                prompt = await asyncio.to_thread(self._models.chat_prompt, *told)
         ids = await self._models.tokenize(model, prompt, request.add_special_tokens, False)
         if not ids:
             raise InvalidRequestError("The prompt is empty: it has no tokens.", param=request.prompt_param)
@@ -256,11 +273,11 @@ class Pipeline:
         deltas: list[Delta] = []
         last: dict[int, Delta] = {}
         for output in outputs:
-            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise _failure(request, output)
             choice = choices[output.request_id]
             if choice.finish_reason is not None:
-                continue  # already ended, by a stop string or a call
+                continue  # already ended, by a stop string or a call; what becomes of its sequence is nobody's concern
+            if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                raise _failure(request, output)
             delta = choice.take(output)
             if choice.finish_reason is not None and output.finish_reason is None:
                 engine.abort([choice.request_id])
@@ -287,11 +304,21 @@ class Pipeline:
         )
 
 
-def _parser(request: GenerationRequest, chat: ChatFormat | None, tokenizer: Tokenizer, is_open: bool) -> OutputParser:
-    """The parser of one choice. Text completions are text, whatever is in it."""
+def _seconds_left(context: RequestContext) -> float:
+    return max(0.0, context.deadline - time.monotonic())
+
+
+def _choice(
+    index: int, request_id: str, request: GenerationRequest, chat: ChatFormat | None, tokenizer: Tokenizer, is_open: bool
+) -> Choice:
+    """One choice. Text completions are text, whatever is in it.
+
+    Args:
+        is_open: its prompt ends within thoughts.
+    """
     family = None if chat is None else chat.reasoning
     calls = None if chat is None or request.tools is None else chat.tools
-    return OutputParser(
+    parser = OutputParser(
         tokenizer,
         stop=request.stop,
         skip_special_tokens=request.skip_special_tokens,
@@ -299,6 +326,8 @@ def _parser(request: GenerationRequest, chat: ChatFormat | None, tokenizer: Toke
         tools=None if calls is None or request.tools is None else calls.parser(request.tools),
         markers=() if calls is None else calls.markers,
     )
+    tags = None if family is None or request.reasoning.apart else (family.begin, family.end)
+    return Choice(index, request_id, tokenizer, parser, shows_thoughts=request.reasoning.include, tags=tags)
 
 
 def _failure(request: GenerationRequest, output: EngineOutput) -> RequestError:

@@ -10,14 +10,16 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningOptions:
-    """How much to think.
+    """How much to think, and what the client gets to see of it.
 
     Attributes:
         effort: None leaves it to the model; `none` asks for no thoughts at all.
         budget: most tokens of thoughts; None for any number, 0 for none.
         include: whether the client wants to see them.
+        apart: whether they are told apart from the text; otherwise they stand in it, between the model's tags.
     """
 
     effort: Effort | None = None
     budget: int | None = None
     include: bool = True
+    apart: bool = True

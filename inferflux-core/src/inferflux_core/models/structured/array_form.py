@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise, permutations
 from typing import Any, Final
 
-from inferflux_core.models.structured.branch import Branch, Demand, State, state
+from inferflux_core.models.structured.branch import Branch, Contains, Demand, State, state
 from inferflux_core.models.structured.expander import Expander
 from inferflux_core.models.structured.schema_document import Refused
 
@@ -38,6 +38,7 @@ class _Arrays:
         self._least, self._most = branch.min_items, branch.max_items
         self._at: dict[int, list[Demand]] = {}  # demands of single places besides those of the branch
         self._rest: list[Demand] = []
+        self._evaluated: dict[int, frozenset[int]] = {}  # place -> schemas for which `contains` makes it count as evaluated
 
     def forms(self) -> list[Form]:
         if not self._place_contained():
@@ -46,8 +47,12 @@ class _Arrays:
             return self._different()
         return self._form([])
 
-    def _item(self, place: int) -> State:
-        """What the item at this place must be."""
+    def _item(self, place: int, within: frozenset[int] = frozenset()) -> State:
+        """What the item at this place must be.
+
+        Args:
+            within: schemas for whose `unevaluatedItems` it counts as evaluated.
+        """
         branch = self._branch
         found: list[Any] = []
         for part in branch.items:
@@ -55,7 +60,10 @@ class _Arrays:
                 found.append(part.prefix[place])
             elif part.rest is not None:
                 found.append(part.rest)
+        within |= self._evaluated.get(place, frozenset())
         for rule in branch.unevaluated_items:
+            if rule.scope in within:
+                continue
             inside = [part for part in branch.items if rule.scope in part.within]
             if not any(part.rest is not None or place < len(part.prefix) for part in inside):
                 found.append(rule.demand)
@@ -72,7 +80,7 @@ class _Arrays:
             if rule.most is not None and rule.most < rule.least:
                 return False
             inverse = Demand(rule.demand.schema, not rule.demand.holds)
-            places = self._find_places(rule.demand, rule.least)
+            places = self._find_places(rule)
             if places is None:
                 return False
             self._least = max(self._least, max(places, default=-1) + 1)
@@ -88,9 +96,11 @@ class _Arrays:
                 self._rest.append(inverse)
             for place in places:
                 self._at.setdefault(place, list(self._rest)).append(rule.demand)
+                self._evaluated[place] = self._evaluated.get(place, frozenset()) | rule.within
         return True
 
-    def _find_places(self, demand: Demand, count: int) -> list[int] | None:
+    def _find_places(self, rule: Contains) -> list[int] | None:
+        count = rule.least
         if count > _MAX_PLACES:
             raise Refused("#", "minContains", f"asks for more than {_MAX_PLACES} items")
         found: list[Any] = []
@@ -98,7 +108,7 @@ class _Arrays:
         for place in range(last):
             if len(found) == count:
                 break
-            if self._child(state((*self._item(place), demand))) is not False:
+            if self._child(state((*self._item(place, rule.within), rule.demand))) is not False:
                 found.append(place)
             elif place >= self._places:
                 break
@@ -198,9 +208,7 @@ class _Arrays:
         else:
             cuts = [low + step * place for place in range(need)]
         made = self._expander.made
-        found = [
-            made(True, type="number", minimum=first, exclusiveMaximum=last) for first, last in pairwise(cuts)
-        ]
+        found = [made(True, type="number", minimum=first, exclusiveMaximum=last) for first, last in pairwise(cuts)]
         if cuts:
             found.append(made(True, type="number", minimum=cuts[-1]))
         return found

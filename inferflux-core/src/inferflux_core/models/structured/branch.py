@@ -68,9 +68,12 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class Contains:
+    """How many items must meet a demand, which then count as evaluated for the schemas in `within`."""
+
     demand: Demand
     least: int
     most: int | None
+    within: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class Unevaluated:
 
 @dataclass(slots=True)
 class Branch:
-    """A conjunction, whose parts for one type say nothing about the others. Lists are replaced, never changed in place, so that a copy is shallow."""
+    """A conjunction, whose parts for one type say nothing about the others. All but `lost` is replaced and never changed in
+    place, so that a copy is shallow."""
 
     types: frozenset[str] = frozenset(TYPES)
     integer: bool = False
@@ -145,9 +149,10 @@ class Branch:
             self.types -= {"array"}
         if self.max_properties is not None and self.max_properties < max(self.min_properties, len(self.required)):
             self.types -= {"object"}
-        if self.low is not None and self.high is not None:
-            if self.low > self.high or (self.low == self.high and (self.low_strict or self.high_strict)):
-                self.types -= {"number"}
+        low, high = self.low, self.high
+        is_strict = self.low_strict or self.high_strict
+        if low is not None and high is not None and (low > high or (low == high and is_strict)):
+            self.types -= {"number"}
         if any(part.named.get(name) == Demand(False) for part in self.members for name in self.required):
             self.types -= {"object"}
         return bool(self.types)

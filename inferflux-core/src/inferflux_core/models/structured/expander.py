@@ -37,9 +37,11 @@ from inferflux_core.models.structured.schema_values import (
 )
 from inferflux_core.models.structured.string_formats import format_pattern
 
-_MAX_STEPS: Final = 60_000  # demands taken apart, of one schema
+_MAX_STEPS: Final = 30_000  # demands taken apart, of one schema
 _MAX_BRANCHES: Final = 300  # of one place
 _EMPTY_DEPTH: Final = 3  # levels of required properties looked into to prove that nothing satisfies two demands
+
+_UNHEARD: Final = -1  # among schemas above: what is within a negation makes nothing count as evaluated
 
 Alternative = tuple[Demand, ...]
 
@@ -55,21 +57,42 @@ class Expander:
         self._document = document
         self.patterns = PatternBook()
         self._validator = Validator(document, self.patterns)
+        self._made: dict[tuple[int, str], Demand] = {}
+        self._proving: set[Key] = set()  # states that `is_empty` is looking into
+        self._doubts = 0  # how often something could not be told; what was left out then does not prove anything
+        self._doubted: set[Key] = set()  # states whose values were
         self._steps = 0
         self._branches: dict[Key, tuple[list[Branch], list[Refused]]] = {}
         self._values: dict[Key, list[Any] | None] = {}
         self._states: list[State] = []  # keeps the schemas alive that keys tell by identity
 
     def made(self, origin: Any, **keywords: Any) -> Demand:
-        """A demand that stands in no schema, made for one that does."""
-        return Demand(self._document.adopt(keywords, origin))
+        """A demand that stands in no schema, made for one that does. The same for the same: states are told by identity, and
+        would never come to an end."""
+        name = id(origin), self._print(keywords)
+        if name not in self._made:
+            self._made[name] = Demand(self._document.adopt(keywords, origin))
+        return self._made[name]
+
+    def _print(self, value: Any) -> str:
+        """Equal for equal keywords whose schemas are the same."""
+        if self._document.is_known(value):
+            return f"<{id(value)}>"
+        if isinstance(value, Mapping):
+            return "{" + ",".join(f"{name!r}:{self._print(part)}" for name, part in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            return "[" + ",".join(map(self._print, value)) + "]"
+        return repr(value)
 
     def values(self, of: State) -> list[Any] | None:
         """All values that meet the demands, if an `enum` or `const` lists them; else None."""
         name = key(of)
         if name not in self._values:
             self._states.append(of)
+            doubts = self._doubts
             self._values[name] = self._list_values(of)
+            if self._doubts > doubts:
+                self._doubted.add(name)
         return self._values[name]
 
     def is_valid(self, value: Any, of: Iterable[Demand]) -> bool:
@@ -77,6 +100,7 @@ class Expander:
         try:
             return all(self._validator.holds(value, demand.schema) is demand.holds for demand in of)
         except Unsure:
+            self._doubts += 1
             return False
 
     def branches(self, of: State) -> tuple[list[Branch], list[Refused]]:
@@ -90,24 +114,35 @@ class Expander:
             self._states.append(of)
             lost: list[Refused] = []
             found: list[Branch] = []
+            doubts = self._doubts
             self._split(of, Branch(lost=lost), [(demand, frozenset()) for demand in of], [], found)
+            if self._doubts > doubts:
+                lost.append(Refused(self._document.pointer(of[0].schema), "", "has conditions that cannot be told beforehand"))
             self._branches[name] = found, lost
         return self._branches[name]
 
     def is_empty(self, of: State, depth: int = _EMPTY_DEPTH) -> bool:
         """Whether it is certain that no value meets the demands."""
+        name = key(of)
         if (values := self.values(of)) is not None:
-            return not values
+            return not values and name not in self._doubted
+        if name in self._proving:
+            return False
+        self._proving.add(name)
         try:
             found, lost = self.branches(of)
         except Refused:
             return False
+        finally:
+            self._proving.discard(name)
         return not lost and all(self._is_dead(branch, depth) for branch in found)
 
     def _is_dead(self, branch: Branch, depth: int) -> bool:
-        if branch.types != {"object"} or not depth:
+        if branch.types != {"object"} or not depth or branch.unevaluated_properties:
             return False
-        return any(self.is_empty(self.member(branch, name), depth - 1) for name in branch.required)
+        doubts = self._doubts
+        is_dead = any(self.is_empty(self.member(branch, name), depth - 1) for name in branch.required)
+        return is_dead and self._doubts == doubts
 
     def member(self, branch: Branch, name: str) -> State:
         """What a property of this name must be."""
@@ -118,6 +153,7 @@ class Expander:
                 found.append(part.named[name])
             for pattern, demand in part.patterns:
                 matches = self.patterns.matches(pattern, name)
+                self._doubts += matches is None
                 if matches is not False:
                     found.append(demand)
                 matched = matched or matches is True
@@ -187,7 +223,9 @@ class Expander:
                 branch.values = tuple(value for value in branch.values if self.is_valid(value, of))
                 found += [branch] if branch.values else []
                 return
-        if not branch.prune() or any(self.values(self.member(branch, name)) == [] for name in branch.required):
+        if "object" in branch.types and any(self.values(self.member(branch, name)) == [] for name in branch.required):
+            branch.types -= {"object"}
+        if not branch.prune():
             return
         if not choices:
             if len(found) >= _MAX_BRANCHES:
@@ -221,11 +259,11 @@ class Expander:
             self._exclude(branch, schema)
             return branch.prune()
         if not demand.holds:
-            choices.append((opposites(schema, self._document, self.made, branch), within))
+            choices.append((opposites(schema, self._document, self.made, branch), within | {_UNHEARD}))
             return True
         if "const" in schema or "enum" in schema:
             self._list(branch, [schema["const"]] if "const" in schema else schema["enum"])
-        self._typed(branch, schema, within)
+        self._typed(branch, schema, frozenset() if _UNHEARD in within else within)
         for other in self._conjuncts(schema):
             todo.append((other, within))
         for alternatives in self._choices(branch, schema):
@@ -273,7 +311,7 @@ class Expander:
         for trigger, needed in dependencies(schema):
             wanted = Demand(needed) if isinstance(needed, Mapping | bool) else self.made(schema, required=needed)
             absent = self.made(schema, properties={trigger: False})
-            if trigger in branch.required:
+            if trigger in branch.required and branch.types == {"object"}:
                 found.append([(wanted,)])
             else:
                 found.append([(self.made(schema, type="object", required=[trigger]), wanted), (absent,)])
@@ -350,9 +388,8 @@ class Expander:
             branch.items += (Items(demands, Demand(rest) if has_rest else None, within),)
         if "contains" in schema:
             most = schema.get("maxContains")
-            contains = Contains(
-                Demand(schema["contains"]), int(schema.get("minContains", 1)), None if most is None else int(most)
-            )
+            least = int(schema.get("minContains", 1))
+            contains = Contains(Demand(schema["contains"]), least, None if most is None else int(most), within)
             branch.contains += (contains,)
         if "unevaluatedItems" in schema:
             rule = Unevaluated(Demand(schema["unevaluatedItems"]), id(schema), self._document.pointer(schema))

@@ -50,11 +50,11 @@ def _lives(form: Any, alive: set[str]) -> bool:
         if not all(_lives(form["properties"][name], alive) for name in form.get("required", ())):
             return False
         if form.get("minProperties", 0) > len(form.get("required", ())):
-            return any(
-                _lives(part, alive) for part in (form["additionalProperties"], *form.get("patternProperties", {}).values())
-            )
+            others = (form["additionalProperties"], *form.get("patternProperties", {}).values())
+            return any(_lives(part, alive) for part in others)
     if form.get("type") == "array":
-        return _lives_long(form, alive) >= form.get("minItems", 0)
+        least: int = form.get("minItems", 0)
+        return _lives_long(form, alive) >= least
     return True
 
 

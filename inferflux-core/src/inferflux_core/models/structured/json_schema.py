@@ -19,7 +19,7 @@ from inferflux_core.models.structured.form_pruning import Form, pruned
 from inferflux_core.models.structured.object_form import object_forms
 from inferflux_core.models.structured.pattern_syntax import PatternError, parse, ranges_of, union
 from inferflux_core.models.structured.scalar_form import number_forms, string_forms
-from inferflux_core.models.structured.schema_document import Refused, SchemaDocument
+from inferflux_core.models.structured.schema_document import Refused, RefusedWithin, SchemaDocument
 from inferflux_core.settings import StructuredOutputSettings
 
 _MAX_STATES: Final = 3000  # places of the rewritten schema
@@ -126,7 +126,10 @@ class _Rewriter:
                 raise Refused("#", "", f"has more than {_MAX_STATES} places")
             name = self._names[key(of)] = f"s{len(self._names)}"
             self._states.append(of)
-            self._forms[name] = self._form(of)
+            try:
+                self._forms[name] = self._form(of)
+            except Refused as refusal:
+                raise RefusedWithin(refusal.pointer, refusal.keyword, refusal.reason) from None
         return False if self._forms.get(name) is False else {"$ref": f"#/$defs/{name}"}
 
     def _anything(self, depth: int) -> Form:
@@ -171,6 +174,8 @@ class _Rewriter:
             if name in branch.types:
                 try:
                     found += self._type_forms(name, branch)
+                except RefusedWithin:
+                    raise
                 except Refused as refusal:
                     where = pointer if refusal.pointer == "#" else refusal.pointer
                     self._lost.append(Refused(where, refusal.keyword, refusal.reason))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from inferflux_core.models.structured.branch import Branch, Demand, Members, State, state
 from inferflux_core.models.structured.expander import Expander
-from inferflux_core.models.structured.pattern_language import Language, TooComplexError, common_pattern, common_text
+from inferflux_core.models.structured.pattern_language import Language, TooComplexError
 from inferflux_core.models.structured.pattern_syntax import Tree, literal, parse, whole, write
 from inferflux_core.models.structured.schema_document import Refused
 
@@ -35,8 +35,18 @@ class _Objects:
         self._expander = expander
         self._child = child
         self._patterns = expander.patterns
+        self._is_generous = False  # open though the schema does not say so expressly: else nothing would be left
+        self._is_closed_here = False
+        self._trees: dict[str, Tree] = {}  # of the patterns of open properties, by what they are written as
 
     def forms(self) -> list[Form]:
+        found = self._forms()
+        if not found and self._is_closed_here:
+            self._is_generous = True
+            found = self._forms()
+        return found
+
+    def _forms(self) -> list[Form]:
         branch = self._branch
         names = list(dict.fromkeys([name for part in branch.members for name in part.named] + list(branch.required)))
         listed = self._listed_names()
@@ -55,6 +65,7 @@ class _Objects:
         if missing > 0 and is_open:
             made = self._fresh(names, patterns, rest, missing - 1)  # one more comes from what is open
             members.update(made)
+            patterns, rest = self._open(names, listed, made)
             required += [*optional, *made]
             optional = []
             missing = 1
@@ -108,17 +119,25 @@ class _Objects:
             found += [name for name in each.values or () if isinstance(name, str)]
         return list(dict.fromkeys(found))
 
-    def _open(self, names: list[str], listed: list[str] | None) -> tuple[dict[str, Form | bool], Form | bool]:
-        """What properties that are not declared may be: by pattern, and else."""
+    def _open(
+        self, names: list[str], listed: list[str] | None, made: Iterable[str] = ()
+    ) -> tuple[dict[str, Form | bool], Form | bool]:
+        """What properties that are not declared may be: by pattern, and else.
+
+        Args:
+            listed: all names there may be, if they are known.
+            made: names that are given besides those that are declared.
+        """
         branch = self._branch
         if listed is not None:
             return {}, False
         rests = [part.rest for part in branch.members if part.rest is not None]
         patterns = [(pattern, demand, part) for part in branch.members for pattern, demand in part.patterns]
         unevaluated = [rule for rule in branch.unevaluated_properties if not self._rests_within(rule.scope)]
-        anything = not names and not patterns and not rests
+        anything = (not names and not patterns and not rests) or self._is_generous
         is_open = bool(rests) or anything or any(rule.demand.schema is not False for rule in unevaluated)
         rest = state((*rests, *(rule.demand for rule in unevaluated), *self._doubtful(patterns)))
+        self._is_closed_here = not is_open and not unevaluated
         if not is_open:
             rest = (Demand(False),)
         trees = [(parse(pattern), self._matching(pattern, patterns)) for pattern, _, _ in patterns]
@@ -129,7 +148,16 @@ class _Objects:
             others = [Language(parse(pattern, wide=True)) for pattern, _, _ in patterns] if is_open else []
             trees += [(tree, rest) for key in keys if is_open for tree in self._without(key, others)]
             rest = (Demand(False),)
+        trees = [(tree, demands) for own, demands in trees for tree in self._without_names(own, [*names, *made])]
         return self._apart(trees, rest)
+
+    def _without_names(self, tree: Tree, names: list[str]) -> list[Tree]:
+        """A pattern without the declared names, whose demands are their own."""
+        try:
+            language = Language(tree)
+        except TooComplexError:
+            return [] if names else [tree]
+        return self._without(tree, [Language(whole(literal(name))) for name in names if language.matches(name)])
 
     def _apart(self, trees: list[tuple[Tree, State]], rest: State) -> tuple[dict[str, Form | bool], Form | bool]:
         """Patterns that have no name in common; what is left out of the others has to be what the rest is, too."""
@@ -142,7 +170,11 @@ class _Objects:
                 kept.append((tree, language, self._child(demands)))
             elif rest != (Demand(False),):
                 rest = state((*rest, *demands))
-        return {write(tree): form for tree, _, form in kept}, self._child(rest)
+        other = self._child(rest)
+        # What nothing can be needs no pattern, unless it keeps names from being among the others.
+        needed = [(write(tree), tree, form) for tree, _, form in kept if form is not False or other is not False]
+        self._trees = {text: tree for text, tree, _ in needed}
+        return {text: form for text, _, form in needed}, other
 
     def _language(self, tree: Tree) -> Language | None:
         """None if it is too large to be compared with others."""
@@ -154,7 +186,7 @@ class _Objects:
     def _is_apart(self, language: Language | None, others: list[Language | None]) -> bool:
         try:
             return language is not None and all(
-                other is not None and common_text([language, other]) is None for other in others
+                other is not None and self._patterns.common_text([language, other]) is None for other in others
             )
         except TooComplexError:
             return False
@@ -178,7 +210,9 @@ class _Objects:
 
     def _may_meet(self, one: str, two: str) -> bool:
         try:
-            return common_text([self._patterns.language(one), self._patterns.language(two, wide=True)]) is not None
+            return (
+                self._patterns.common_text([self._patterns.language(one), self._patterns.language(two, wide=True)]) is not None
+            )
         except TooComplexError:
             return True
 
@@ -211,7 +245,7 @@ class _Objects:
             try:
                 outside = [self._patterns.language(pattern, wide=True) for pattern in never]
                 outside += [Language(whole(literal(word))) for word in each.excluded if isinstance(word, str)]
-                tree = common_pattern([Language(tree) for tree in sure], outside)
+                tree = self._patterns.common_pattern([Language(tree) for tree in sure], outside)
             except TooComplexError:
                 continue
             found += [] if tree is None else [whole(tree)]
@@ -221,7 +255,7 @@ class _Objects:
         found = []
         for other in others:
             try:
-                met = common_pattern([Language(tree), Language(other)], [])
+                met = self._patterns.common_pattern([Language(tree), Language(other)], [])
             except TooComplexError:
                 continue
             found += [] if met is None else [whole(met)]
@@ -231,7 +265,7 @@ class _Objects:
         if not others:
             return [tree]
         try:
-            met = common_pattern([Language(tree)], others)
+            met = self._patterns.common_pattern([Language(tree)], others)
         except TooComplexError:
             return []
         return [] if met is None else [whole(met)]
@@ -244,14 +278,14 @@ class _Objects:
             raise Refused("#", "minProperties", f"asks for more than {_MAX_FRESH} properties whose names are not declared")
         taken = [Language(whole(literal(name))) for name in names]
         found: dict[str, Form | bool] = {}
-        ways = [(parse(pattern), form) for pattern, form in patterns.items() if form is not False]
+        ways = [(self._trees[pattern], form) for pattern, form in patterns.items() if form is not False]
         if rest is not False:
             ways = [(parse(f"^{_NAMES}$"), rest), *ways]
         for tree, form in ways:
-            others = [self._patterns.language(pattern) for pattern in patterns] if form is rest else []
+            others = [Language(self._trees[pattern]) for pattern in patterns] if form is rest else []
             while len(found) < count:
                 try:
-                    name = common_text([Language(tree)], [*taken, *others])
+                    name = self._patterns.common_text([Language(tree)], [*taken, *others])
                 except TooComplexError:
                     name = None
                 if name is None:

@@ -20,7 +20,11 @@ _KEYWORDS: Final = frozenset(
      "minContains", "maxContains", "minProperties", "maxProperties", "required", "dependentRequired", "dependencies")
 )  # fmt: skip
 # Whose opposite cannot be told to the grammar.
-_FIXED: Final = frozenset({"uniqueItems", "unevaluatedItems", "unevaluatedProperties", "propertyNames", "format", "multipleOf"})
+_FIXED: Final = frozenset(
+    ("uniqueItems", "unevaluatedItems", "unevaluatedProperties", "propertyNames", "patternProperties", "format", "multipleOf")
+)  # fmt: skip
+# Of whose opposite only a part can.
+_PARTIAL: Final = frozenset({"items", "additionalItems", "additionalProperties", "maxContains"})
 
 
 def opposites(schema: Mapping[str, Any], document: SchemaDocument, made: Maker, branch: Branch) -> list[Alternative]:
@@ -33,12 +37,11 @@ def opposites(schema: Mapping[str, Any], document: SchemaDocument, made: Maker, 
     pointer = document.pointer(schema)
     found: list[Alternative] = []
     for keyword in schema:
-        if keyword in _FIXED:
-            if not (keyword == "uniqueItems" and not schema[keyword]):
-                branch.lost.append(
-                    Refused(pointer, keyword, "cannot be enforced where it must not hold (under 'not' or 'oneOf')")
-                )
-        elif keyword in _KEYWORDS:
+        can_break = schema[keyword] is not (keyword != "uniqueItems")
+        if keyword in _FIXED | _PARTIAL and can_break:
+            reason = "cannot be enforced where it must not hold (under 'not' or 'oneOf')"
+            branch.lost.append(Refused(pointer, keyword, reason))
+        if keyword in _KEYWORDS and keyword not in _FIXED:
             found += _in_place(schema, keyword, document) + _of_values(schema, keyword, made)
             found += _of_objects(schema, keyword, made) + _of_arrays(schema, keyword, made)
     return found
@@ -85,9 +88,11 @@ def _of_values(schema: Mapping[str, Any], keyword: str, made: Maker) -> list[Alt
         case "const" | "enum":
             return [(_breaks(made(schema, enum=[value] if keyword == "const" else value)),)]
         case "minimum":
-            return [(made(schema, type="number", exclusiveMaximum=value),)]
+            bound = "maximum" if schema.get("exclusiveMinimum") is True else "exclusiveMaximum"
+            return [(made(schema, **{"type": "number", bound: value}),)]
         case "maximum":
-            return [(made(schema, type="number", exclusiveMinimum=value),)]
+            bound = "minimum" if schema.get("exclusiveMaximum") is True else "exclusiveMinimum"
+            return [(made(schema, **{"type": "number", bound: value}),)]
         case "exclusiveMinimum" | "exclusiveMaximum" if not isinstance(value, bool):
             return [(made(schema, **{"type": "number", "maximum" if keyword.endswith("Minimum") else "minimum": value}),)]
         case "minLength":

@@ -27,8 +27,22 @@ from inferflux_core.models.structured.pattern_syntax import Sequence as Row
 
 _MAX_NODES: Final = 20_000  # of one automaton
 _MAX_STATES: Final = 400  # of automata in step with one another
+_MAX_STEPS: Final = 200_000  # from one state to another, of all automata
 _MAX_ELIMINATED: Final = 24  # states of an automaton that is written as a pattern
 _MAX_WRITTEN: Final = 20_000  # nodes of that pattern
+
+
+class Budget:
+    """Work that the automata of one schema may cost together."""
+
+    def __init__(self, steps: int = _MAX_STEPS) -> None:
+        self._steps = steps
+
+    def spend(self, steps: int) -> None:
+        """Raises TooComplexError."""
+        self._steps -= steps
+        if self._steps < 0:
+            raise TooComplexError
 
 
 class TooComplexError(Exception):
@@ -135,7 +149,7 @@ class Language:
 class _Together:
     """Several automata in step, each state numbered; what a combination accepts is up to `accepts`."""
 
-    def __init__(self, languages: Sequence[Language], accepts: Callable[[list[bool]], bool]) -> None:
+    def __init__(self, languages: Sequence[Language], accepts: Callable[[list[bool]], bool], budget: Budget) -> None:
         self._languages = languages
         self._judge = accepts
         self.states: dict[tuple[frozenset[int], ...], int] = {}
@@ -148,6 +162,7 @@ class _Together:
             for classes in _classes(
                 [r for language, part in zip(languages, state, strict=True) for r in language.ranges(part)]
             ):
+                budget.spend(1 + sum(map(len, state)))
                 code = classes[0][0]
                 end = tuple(language.step(part, code) for language, part in zip(languages, state, strict=True))
                 if end not in self.states:
@@ -237,7 +252,7 @@ def continuations(tree: Tree) -> Ranges:
     Raises:
         TooComplexError: it cannot be told within bounds.
     """
-    machine = _Together([Language(whole(tree))], all)
+    machine = _Together([Language(whole(tree))], all, Budget())
     live = machine.live()
     return union(
         *(
@@ -250,27 +265,27 @@ def continuations(tree: Tree) -> Ranges:
     )
 
 
-def common_text(inside: Sequence[Language], outside: Sequence[Language] = ()) -> str | None:
+def common_text(inside: Sequence[Language], outside: Sequence[Language] = (), budget: Budget | None = None) -> str | None:
     """The shortest text in all of `inside` and in none of `outside`; None if there is none.
 
     Raises:
         TooComplexError: it cannot be told within bounds.
     """
-    return _together(inside, outside).shortest()
+    return _together(inside, outside, budget).shortest()
 
 
-def common_pattern(inside: Sequence[Language], outside: Sequence[Language]) -> Tree | None:
+def common_pattern(inside: Sequence[Language], outside: Sequence[Language], budget: Budget | None = None) -> Tree | None:
     """A pattern, as a whole match, of the texts in all of `inside` and in none of `outside`; None if there is none.
 
     Raises:
         TooComplexError: it would be too large.
     """
-    return _together(inside, outside).tree()
+    return _together(inside, outside, budget).tree()
 
 
-def _together(inside: Sequence[Language], outside: Sequence[Language]) -> _Together:
+def _together(inside: Sequence[Language], outside: Sequence[Language], budget: Budget | None) -> _Together:
     count = len(inside)
-    return _Together([*inside, *outside], lambda found: all(found[:count]) and not any(found[count:]))
+    return _Together([*inside, *outside], lambda found: all(found[:count]) and not any(found[count:]), budget or Budget())
 
 
 def _classes(sets: list[Ranges]) -> list[Ranges]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from inferflux_core.models.structured.branch import Branch, lcm
-from inferflux_core.models.structured.pattern_language import TooComplexError, common_pattern
+from inferflux_core.models.structured.pattern_language import Language, TooComplexError
 from inferflux_core.models.structured.pattern_syntax import (
     ANY,
     EMPTY,
@@ -38,6 +38,7 @@ _MAX_BOUND: Final = 2**62  # llguidance counts in 64 bits
 _MAX_FACTOR: Final = 2**31  # and the digits of a factor in 32
 _MAX_LISTED: Final = 200
 _BETWEEN: Final = 16  # pairs of integers between which numbers that are none are looked for
+_MAX_COUNTED: Final = 50  # characters of a length that is held against patterns
 _MAX_EXCLUDED: Final = 2000  # characters of strings that are excluded
 
 
@@ -215,15 +216,31 @@ def string_forms(branch: Branch, patterns: PatternBook) -> list[Form]:
     trees += [_opposite(pattern, patterns) for pattern, matches in dict.fromkeys(branch.patterns) if not matches]
     if not trees:
         return [form]
+    if _is_impossible(trees, branch, patterns):
+        return []
     form["pattern"] = write(trees[0])
     more = [{"type": "string", "pattern": write(tree)} for tree in trees[1:]]
     return [{"allOf": [form, *more]} if more else form]
 
 
+def _is_impossible(trees: list[Tree], branch: Branch, patterns: PatternBook) -> bool:
+    """Whether it is certain that no text matches all patterns and has the right length."""
+    if len(trees) == 1 and branch.max_length is None and not branch.min_length:
+        return False
+    try:
+        languages = [Language(tree) for tree in trees]
+        if 0 < branch.min_length <= _MAX_COUNTED:
+            languages.append(Language(whole(Repeat(ANY, branch.min_length, None))))
+        shortest = patterns.common_text(languages)
+    except TooComplexError:
+        return False
+    return shortest is None or (branch.max_length is not None and len(shortest) > branch.max_length)
+
+
 def _opposite(pattern: str, patterns: PatternBook) -> Tree:
     """A pattern of the texts that this one does not match, whoever reads it."""
     try:
-        tree = common_pattern([], [patterns.language(pattern, wide=True)])
+        tree = patterns.common_pattern([], [patterns.language(pattern, wide=True)])
     except TooComplexError:
         raise Refused("#", "pattern", "is too complex to be enforced where it must not match") from None
     if tree is None:

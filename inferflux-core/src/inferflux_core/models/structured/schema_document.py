@@ -49,6 +49,10 @@ class Refused(Exception):
         )
 
 
+class RefusedWithin(Refused):
+    """What a place within asks cannot be held at all: it is no use to leave out what leads there."""
+
+
 def shortened(text: str, most: int = _MAX_NAME) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -81,6 +85,10 @@ class SchemaDocument:
 
     def pointer(self, schema: Schema) -> str:
         return self._pointers.get(id(schema), "#")
+
+    def is_known(self, value: Any) -> bool:
+        """Whether this is a schema of the document or one made for it."""
+        return isinstance(value, Mapping) and id(value) in self._pointers
 
     def adopt(self, schema: Mapping[str, Any], origin: Schema) -> Mapping[str, Any]:
         """A schema made here, which messages and references take for the one it was made for."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
-from inferflux_core.models.structured.pattern_language import Language, TooComplexError
-from inferflux_core.models.structured.pattern_syntax import PatternError, parse
+from inferflux_core.models.structured.pattern_language import Budget, Language, TooComplexError, common_pattern, common_text
+from inferflux_core.models.structured.pattern_syntax import PatternError, Tree, parse
 from inferflux_core.models.structured.schema_document import Refused, Schema, SchemaDocument
 from inferflux_core.models.structured.string_formats import format_pattern
 
@@ -61,6 +61,7 @@ class PatternBook:
     """Automata of the patterns of one schema, made once."""
 
     def __init__(self) -> None:
+        self._budget = Budget()
         self._languages: dict[tuple[str, bool], Language] = {}
 
     def language(self, pattern: str, *, wide: bool = False) -> Language:
@@ -69,6 +70,14 @@ class PatternBook:
         if key not in self._languages:
             self._languages[key] = Language(parse(pattern, wide=wide))
         return self._languages[key]
+
+    def common_text(self, inside: Sequence[Language], outside: Sequence[Language] = ()) -> str | None:
+        """As the function of this name; all of one schema share a budget."""
+        return common_text(inside, outside, self._budget)
+
+    def common_pattern(self, inside: Sequence[Language], outside: Sequence[Language]) -> Tree | None:
+        """As the function of this name; all of one schema share a budget."""
+        return common_pattern(inside, outside, self._budget)
 
     def matches(self, pattern: str, text: str) -> bool | None:
         """None if it cannot be told, or dialects differ."""
@@ -161,10 +170,12 @@ class Validator:
     def _string(self, value: str, schema: Mapping[str, Any]) -> bool:
         if not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value)):
             return False
-        patterns = [schema["pattern"]] if "pattern" in schema else []
-        if (pattern := format_pattern(schema.get("format"))) is not None:
-            patterns.append(pattern)
-        return all(self._matches(pattern, value) for pattern in patterns)
+        if "pattern" in schema and not self._matches(schema["pattern"], value):
+            return False
+        pattern = format_pattern(schema.get("format"))
+        if pattern is not None and not self._matches(pattern, value):
+            raise Unsure  # it may be one that the pattern leaves out, and not all validators check formats
+        return True
 
     def _matches(self, pattern: str, text: str) -> bool:
         found = self._patterns.matches(pattern, text)

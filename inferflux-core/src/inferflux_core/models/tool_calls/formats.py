@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Final
 
 from inferflux_core.errors import ConfigError
@@ -44,6 +45,7 @@ def tool_format(name: str, template: str | None) -> ToolFormat | None:
     return _FORMATS[_detected(template) if name == "auto" else name](template)
 
 
+@lru_cache(maxsize=64)  # asked for every request with tools; a long template takes more than a millisecond
 def prints_tools(template: str, format: ToolFormat) -> bool:
     """Whether the chat template tells the model of tools, in a way that makes it write calls in this format."""
     if any(sign in template for sign in _FOREIGN):

@@ -28,8 +28,7 @@ def chat_routes(services: Services) -> APIRouter:
     @model_checked
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation, with text, calls of tools or both; with `stream`, as server-sent events."""
-        body = await reader.read(request, ChatBody)
-        generation = body.generation(server)
+        body, generation = await reader.read_as(request, ChatBody, lambda body: body.generation(server))
         reply = ChatReply(
             n=generation.n,
             include_usage=body.include_usage,

@@ -103,8 +103,7 @@ def completion_routes(services: Services) -> APIRouter:
     @model_checked
     async def create_completion(request: Request) -> Response:
         """Continue one or more prompts; with `stream`, as server-sent events."""
-        body = await reader.read(request, CompletionBody)
-        generation = body.generation(server)
+        body, generation = await reader.read_as(request, CompletionBody, lambda body: body.generation(server))
         reply = CompletionReply(
             num_prompts=len(generation.prompts),
             n=generation.n,

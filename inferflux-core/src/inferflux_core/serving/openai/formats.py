@@ -88,7 +88,10 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's `structured_outputs`: exactly one of the kinds."""
+    """vLLM's `structured_outputs`: exactly one of the kinds.
+
+    `disable_any_whitespace` has nothing to do: without a `whitespace_pattern` JSON has no more than single spaces here.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
@@ -99,6 +102,7 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
     structural_tag: Any = None
     whitespace_pattern: str | None = None
+    disable_additional_properties: bool | None = None
 
     def format(self) -> OutputFormat:
         """Raises InvalidRequestError unless it is exactly one kind."""
@@ -106,6 +110,13 @@ class StructuredOutputs(BaseModel):
             raise InvalidRequestError(
                 f"Unsupported parameter: 'structured_outputs.structural_tag'; {_STRUCTURAL_TAG}.",
                 param="structured_outputs.structural_tag",
+                code="unsupported_parameter",
+            )
+        if self.disable_additional_properties:
+            raise InvalidRequestError(
+                "Unsupported parameter: 'structured_outputs.disable_additional_properties'; write "
+                '"additionalProperties": false into the schema.',
+                param="structured_outputs.disable_additional_properties",
                 code="unsupported_parameter",
             )
         given: dict[str, OutputFormat] = {}

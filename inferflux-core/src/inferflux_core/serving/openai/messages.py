@@ -98,7 +98,8 @@ class Message(BaseModel):
     @property
     def may_be_silent(self) -> bool:
         """Whether the message says something without content."""
-        return self.role == "assistant" and bool(self.tool_calls or self.function_call or self.refusal is not None)
+        others = (self.refusal, self.reasoning_content, self.reasoning)
+        return self.role == "assistant" and bool(self.calls or any(other is not None for other in others))
 
 
 def to_chat_prompt(messages: Sequence[Message], template_kwargs: Mapping[str, Any] | None = None) -> ChatPrompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,7 @@ from inferflux_core.serving.openai.fields import MAX_INT32
 MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_VALUE = 4096  # characters
 
+Placement = Literal["auto", "deepseek", "parsed", "none", "raw", "hidden"]
 Budget = Annotated[int, Field(ge=-1, le=MAX_INT32)]
 
 
@@ -35,6 +36,7 @@ class Reasoning(BaseModel):
     """`reasoning` as responses and OpenRouter have it.
 
     Attributes:
+        enabled: false asks for no thoughts, as the effort `none` does.
         max_tokens: as `thinking_budget_tokens`.
         exclude: think, but leave the thoughts out of the answer.
     """
@@ -42,6 +44,7 @@ class Reasoning(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     effort: Effort | None = None
+    enabled: bool | None = None
     max_tokens: Budget | None = None
     exclude: bool | None = None
 
@@ -54,6 +57,8 @@ class ReasoningFields(BaseModel):
         thinking_budget_tokens, thinking_token_budget: most tokens of thoughts, as llama-server and vLLM name it; -1 is any
             number.
         include_reasoning: vLLM's; false leaves the thoughts out of the answer.
+        reasoning_format: where the thoughts go, as llama-server and Groq say it. `none` and `raw`: they stay in the text,
+            between the model's tags. `hidden`: nowhere. Otherwise they are told apart from it.
     """
 
     reasoning_effort: Effort | None = None
@@ -61,11 +66,16 @@ class ReasoningFields(BaseModel):
     thinking_budget_tokens: Budget | None = None
     thinking_token_budget: Budget | None = None
     include_reasoning: bool | None = None
+    reasoning_format: Placement | None = None
 
     def reasoning_options(self) -> ReasoningOptions:
         """Raises InvalidRequestError if two names of one thing say different things."""
         within = self.reasoning or Reasoning()
-        efforts = {"reasoning_effort": self.reasoning_effort, "reasoning.effort": within.effort}
+        efforts: dict[str, Effort | None] = {
+            "reasoning_effort": self.reasoning_effort,
+            "reasoning.effort": within.effort,
+            "reasoning.enabled": "none" if within.enabled is False else None,
+        }
         budgets = {
             "thinking_budget_tokens": self.thinking_budget_tokens,
             "thinking_token_budget": self.thinking_token_budget,
@@ -75,7 +85,8 @@ class ReasoningFields(BaseModel):
         return ReasoningOptions(
             effort=_same(efforts),
             budget=None if budget is None or budget < 0 else budget,
-            include=self.include_reasoning is not False and within.exclude is not True,
+            include=self.include_reasoning is not False and within.exclude is not True and self.reasoning_format != "hidden",
+            apart=self.reasoning_format not in ("none", "raw"),
         )
 
 

@@ -146,11 +146,11 @@ def token_routes(services: Services) -> APIRouter:
         async with admission.counted(exchange.principal, view.name):
             yield view
 
-    def as_read(view: ModelView, prompt: ChatPrompt, tools: Sequence[Tool] | None) -> ChatPrompt:
+    async def as_read(view: ModelView, prompt: ChatPrompt, tools: Sequence[Tool] | None) -> ChatPrompt:
         """The conversation as a generation would give it to the template."""
         request = tool_request(tools, None)
         _check_size(view, prompt, request)
-        return models.chat_prompt(view, prompt, request, ReasoningOptions())
+        return await asyncio.to_thread(models.chat_prompt, view, prompt, request, ReasoningOptions())
 
     @router.post("/tokenize", **documented(TokenizeBody, TokenizeReply, ContentReply))
     @model_checked
@@ -161,7 +161,7 @@ def token_routes(services: Services) -> APIRouter:
         parse_special = body.content is not None if body.parse_special is None else body.parse_special
         async with using(request, body.model) as view:
             if isinstance(text, ChatPrompt):
-                text = as_read(view, text, body.tools)
+                text = await as_read(view, text, body.tools)
             else:
                 _check_size(view, text)
             tokens = await models.tokenize(view, text, add_special, parse_special)
@@ -187,7 +187,7 @@ def token_routes(services: Services) -> APIRouter:
         """The text that the model's chat template makes of a conversation."""
         body = await reader.read(request, TemplateBody)
         async with using(request, body.model) as view:
-            prompt = as_read(view, to_chat_prompt(body.messages, body.chat_template_kwargs), body.tools)
+            prompt = await as_read(view, to_chat_prompt(body.messages, body.chat_template_kwargs), body.tools)
             text = await asyncio.to_thread(models.render_chat, view, prompt)
         return json_response(encode(TemplateReply(text)))
 
