@@ -124,6 +124,41 @@ def test_kinds_are_measured_by_themselves() -> None:
     assert set(lengths(speculation, "a", "b")) == {"b"}
 
 
+def test_one_slow_proposal_is_not_the_last() -> None:
+    class SlowAtFirst(Guesses):
+        calls = 0
+
+        def propose(self, wanted: Sequence[tuple[KnownSequence, int]]) -> list[Sequence[int]]:
+            self.calls += 1
+            if self.calls == 2:  # what a sequence's first one takes does not count
+                clock[0] += 0.5
+            return super().propose(wanted)
+
+    clock = [0.0]
+    guesses = SlowAtFirst({"a": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inferflux_core.engine.speculation.time.perf_counter", lambda: clock[0])
+        speculation = Speculation(guesses, CHEAP, 32)
+        asked = []
+        for _ in range(3000):
+            drafted = lengths(speculation, "a").get("a", 0)
+            speculation.verified("a", drafted, drafted)
+            asked.append(bool(drafted))
+    assert asked[:3] == [True, True, False]
+    assert asked[-1]
+
+
+def test_a_guess_that_a_constraint_forbids_did_not_hold() -> None:
+    """Half of it may have been verified, or none: the token that is forbidden counts as one that was wrong."""
+    speculation = Speculation(Guesses(), VerifyCost((1, 2, 32), (10.0, 13.0, 60.0)), 32)
+    tries = 0
+    while tries < 100 and (drafted := lengths(speculation, "a").get("a")):
+        speculation.verified("a", min(1, drafted - 1), 0) if tries % 2 else speculation.verified("a", 0, 0)
+        tries += 1
+    assert 1 <= tries <= 20
+    assert speculation.counters.draft_tokens <= tries // 2, "only what was verified is told"
+
+
 def test_counters_by_position() -> None:
     speculation = Speculation(Guesses({"a": 2}, most=3), CHEAP, 32)
     lengths(speculation, "a")

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inferflux_core.engine.types import SchedulerOutput
 from inferflux_core.engine.verify_cost import VerifyCost, measure
-from inferflux_core.interfaces import EngineConfig
+from inferflux_core.interfaces import EngineConfig, Ticket
 from inferflux_core.testing.driver import EngineDriver, make_request
 from inferflux_core.testing.fake_backend import FakeRunner
 from inferflux_core.testing.fake_settings import FakeSettings
@@ -72,3 +73,22 @@ def test_measuring_tells_the_cost_of_a_token_and_leaves_the_engine_as_it_was(lay
     measured = driver.generate(make_request([10, 20, 30], max_tokens=9), make_request([10, 20, 31], max_tokens=9))
     fresh = EngineDriver(FakeRunner(settings, config), config)
     assert measured == fresh.generate(make_request([10, 20, 30], max_tokens=9), make_request([10, 20, 31], max_tokens=9))
+
+
+@pytest.mark.parametrize("layout", ["paged", "sequence"])
+@pytest.mark.parametrize("limit", [{"max_model_len": 16}, {"max_model_len": 64}, {"max_num_batched_tokens": 16}])
+def test_measuring_fits_into_small_models_and_steps(layout: str, limit: dict[str, int]) -> None:
+    runner = FakeRunner(FakeSettings.model_validate({"layout": layout}), EngineConfig(**limit))
+    most = []
+    launch = runner.launch
+
+    def watch(plan: SchedulerOutput) -> Ticket:
+        most.append((plan.num_tokens, plan.rows[0].start + plan.rows[0].n))
+        return launch(plan)
+
+    runner.launch = watch  # type: ignore[method-assign]  # a spy
+    assert measure(runner, 32).predict(9) > 0
+    assert max(n for n, _ in most) <= runner.caps.max_num_batched_tokens
+    assert max(end for _, end in most) <= runner.model_info.max_model_len
+    sizes = sorted({n for n, _ in most[1:]})
+    assert sizes[-1] >= 1.5 * sizes[-2], "larger steps are concluded from the last two, which noise must not part"

@@ -13,6 +13,8 @@ Vector = npt.NDArray[np.float64]
 _MIN_OBSERVATIONS = 4
 _FIRST_CHUNK = 128
 _FORGETTING = 0.995
+# Of a weight of which nothing is known.
+_VARIANCE = 1e4
 
 
 class StepCostModel:
@@ -25,7 +27,7 @@ class StepCostModel:
 
     def __init__(self) -> None:
         self._weights: Vector = np.zeros(6)
-        self._covariance = np.eye(6) * 1e4
+        self._covariance = np.eye(6) * _VARIANCE
         self._count = 0
 
     @staticmethod
@@ -53,8 +55,10 @@ class StepCostModel:
         covariance = (self._covariance - np.outer(gain, px)) / _FORGETTING
         # Rounding makes it lopsided, forgetting amplifies that: after thousands of steps it would no longer be a covariance.
         covariance = (covariance + covariance.T) / 2
-        # Without variety in the load a direction is never observed and its covariance would grow without bound.
-        self._covariance = covariance if np.trace(covariance) < 1e6 else np.eye(6) * 1e2
+        # What a load never shows (drafts, mostly) is never observed: its variance would grow without bound. It is held where it
+        # began, and what is known of the rest is left alone.
+        shrink = np.sqrt(np.minimum(1.0, _VARIANCE / np.diag(covariance)))
+        self._covariance = covariance * np.outer(shrink, shrink)
         self._count += 1
 
     def predict(

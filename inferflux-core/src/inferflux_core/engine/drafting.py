@@ -55,6 +55,8 @@ class Drafting:
         for request, draft in self._speculation.draft(open_ended, self._max_tokens - room, room):
             constraint = request.constraint
             request.draft = draft if constraint is None else draft[: constraint.allowed(draft)]
+            if not request.draft:  # nothing is left to be verified, and that is the verdict
+                self.verified(request, 0, 0)
 
     def would_draft(self, running: Collection[Request]) -> bool:
         """Whether speculation would pay if the tokens known now were the last ones of these sequences."""

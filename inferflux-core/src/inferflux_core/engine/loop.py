@@ -79,21 +79,30 @@ class EngineCore:
             ModelFileError: the files cannot be loaded, or the draft model does not fit the model.
         """
         backend: Backend = registry.create("backend", spec.backend, spec.backend_settings)
-        runner = backend.runner(spec.files, spec.config)
-        # The vocabulary is read in a thread of its own, beside the warm-up.
-        tokenizer = functools.partial(backend.tokenizer, spec.files)
-        constraints = cls._grammars(spec, runner, tokenizer) if spec.structured_output else None
-        runner.warm_up()
-        return cls.around(
-            runner,
-            spec.config,
-            registry,
-            spec.scheduler,
-            spec.scheduler_settings,
-            constraints=constraints,
-            speculation=make_speculation(spec, registry, runner, tokenizer),
-            details={} if spec.speculative.method is None else {"speculation": spec.speculative.method},
-        )
+        with contextlib.ExitStack() as made:  # closed again if the rest fails: models in memory, threads
+            runner = backend.runner(spec.files, spec.config)
+            made.callback(runner.close)
+            # The vocabulary is read in a thread of its own, beside the warm-up.
+            tokenizer = functools.partial(backend.tokenizer, spec.files)
+            constraints = cls._grammars(spec, runner, tokenizer) if spec.structured_output else None
+            if constraints is not None:
+                made.callback(constraints.close)
+            runner.warm_up()
+            speculation = make_speculation(spec, registry, runner, tokenizer)
+            if speculation is not None:
+                made.callback(speculation.close)
+            core = cls.around(
+                runner,
+                spec.config,
+                registry,
+                spec.scheduler,
+                spec.scheduler_settings,
+                constraints=constraints,
+                speculation=speculation,
+                details={} if spec.speculative.method is None else {"speculation": spec.speculative.method},
+            )
+            made.pop_all()
+        return core
 
     @staticmethod
     def _grammars(spec: EngineSpec, runner: ModelRunner, tokenizer: Callable[[], Tokenizer]) -> Constraints | None:
@@ -157,7 +166,9 @@ class EngineCore:
 
     def abort(self, request_ids: Sequence[str]) -> list[EngineOutput]:
         """End requests; what they hold is freed as soon as no step in flight uses it. Waits for nothing."""
-        compiling = [i for i in request_ids if self._compiling.pop(i, None) is not None]
+        compiling = [i for i in request_ids if i in self._compiling]
+        for request_id in compiling:
+            self._compiling.pop(request_id)[1].cancel()  # or the others wait for what nobody wants any more
         return [EngineOutput(i, [], FinishReason.ABORT) for i in (*compiling, *self.scheduler.abort(request_ids))]
 
     def step(self) -> list[EngineOutput]:

@@ -48,4 +48,8 @@ def make_speculation(
         target=spec.files.ref, config=spec.config, model_info=runner.model_info, tokenizer=tokenizer, load_draft=load_draft
     )
     proposer: Proposer = registry.create("proposer", speculative.method, speculative.settings, context)
-    return Speculation(proposer, verify_cost.measure(runner, max_draft), max_draft)
+    try:
+        return Speculation(proposer, verify_cost.measure(runner, max_draft), max_draft)
+    except BaseException:
+        proposer.close()
+        raise

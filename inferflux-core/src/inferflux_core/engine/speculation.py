@@ -94,7 +94,8 @@ class Speculation:
         self._max_draft = max_draft
         self._kinds = [_Experience() for _ in range(proposer.num_kinds)]
         self._own: dict[str, dict[int, _Experience]] = {}
-        self._drafted: dict[str, int] = {}  # kind of the drafts of the step that is being planned or computed
+        # Kind and length of the drafts of the step that is being planned or computed.
+        self._drafted: dict[str, tuple[int, int]] = {}
         self._ms_per_token = 0.0  # that proposing takes
 
     def draft(
@@ -110,7 +111,7 @@ class Speculation:
         began = time.perf_counter()
         self._drafted.clear()
         hopes = self._hopes(candidates)
-        chosen = self._choose(hopes, num_decodes, room)
+        chosen = list(self._choose(hopes, num_decodes, room))
         for hope, length in zip(hopes, chosen, strict=True):
             if not length:
                 self._kinds[hope.kind].fade()
@@ -124,10 +125,13 @@ class Speculation:
             for (sequence, length, kind), tokens in zip(wanted, proposed, strict=True):
                 if tokens:
                     drafts.append((sequence, list(tokens[:length])))
-                    self._drafted[sequence.request_id] = kind
-            if len(drafts) == len(wanted):  # otherwise the proposer was busy with what it has to do once
+                    self._drafted[sequence.request_id] = kind, len(drafts[-1][1])
+            # Otherwise the proposer was busy with what it has to do once, such as to read a prompt.
+            if len(drafts) == len(wanted) and all(sequence.request_id in self._own for sequence, _, _ in wanted):
                 taken = (time.perf_counter() - proposing) * 1e3 / sum(len(draft) for _, draft in drafts)
                 self._ms_per_token += (taken - self._ms_per_token) * (0.1 if self._ms_per_token else 1.0)
+        elif hopes:  # or one proposal that was disturbed would be the last
+            self._ms_per_token *= _FADE
         self.counters.draft_seconds += time.perf_counter() - began
         return drafts
 
@@ -151,10 +155,9 @@ class Speculation:
         own = self._own.get(request_id, {}).get(outlook.kind)
         return of_all if own is None else own.share(of_all)
 
-    def _choose(self, hopes: Sequence[_Hope], num_decodes: int, room: int) -> list[int]:
+    def _choose(self, hopes: Sequence[_Hope], num_decodes: int, room: int) -> Iterator[int]:
         """For each hope the length that raises the step's expected output by the millisecond most; 0 if none does."""
         tokens, output, drafting = num_decodes, float(num_decodes), 0.0
-        lengths = []
         for hope in hopes:
             best = output / (self._cost.predict(tokens) + drafting)
             chosen, gained = 0, 0.0
@@ -163,22 +166,27 @@ class Speculation:
                 cost = self._cost.predict(tokens + length) + drafting + self._ms_per_token * length
                 if (output + gain) / cost > best:
                     best, chosen, gained = (output + gain) / cost, length, gain
-            lengths.append(chosen)
+            yield chosen
             tokens += chosen
             room -= chosen
             output += gained
             drafting += self._ms_per_token * chosen
-        return lengths
 
     def verified(self, request_id: str, drafted: int, accepted: int) -> None:
-        """So many tokens of a sequence's draft held; drafts that this object did not make are ignored."""
-        kind = self._drafted.pop(request_id, None)
+        """So many tokens of a sequence's draft held; drafts that this object did not make are ignored.
+
+        Args:
+            drafted: tokens that were verified: fewer than were proposed where a constraint forbids the next one, which then
+                did not hold either.
+        """
+        kind, proposed = self._drafted.pop(request_id, (None, 0))
         if kind is None:
             return
-        looked_at = min(drafted, accepted + 1)
+        looked_at = min(proposed, accepted + 1)
         self._kinds[kind].add(looked_at, accepted, _MOST_OF_KIND)
         self._own.setdefault(request_id, {}).setdefault(kind, _Experience()).add(looked_at, accepted, _MOST_OWN)
-        self.counters.add(drafted, accepted)
+        if drafted:
+            self.counters.add(drafted, accepted)
 
     def observe(self, num_tokens: int, milliseconds: float) -> None:
         """A step of so many decodes and drafts, and nothing else, took so long."""

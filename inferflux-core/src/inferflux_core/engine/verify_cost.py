@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from inferflux_core.engine.types import KVOps, PagedOps, Row, SamplingParams, SchedulerOutput, SequenceInit, SequenceOps
 from inferflux_core.interfaces import ModelRunner
 
-_CONTEXT = 64  # tokens before those that are verified while measuring
+_CONTEXT = 64  # tokens before those that are verified while measuring, where so many fit
 _REPEATS = 3
 _MOST_SECONDS = 2.0
 _LEARN = 0.1  # weight of a new observation
@@ -77,29 +77,31 @@ class VerifyCost:
 
 def measure(runner: ModelRunner, max_draft: int) -> VerifyCost:
     """Time steps of one sequence in slot 0. Leaves nothing that the first sequence to start there does not overwrite."""
-    most = min(max_draft + 1, runner.caps.max_num_batched_tokens, runner.model_info.max_model_len - _CONTEXT)
-    sizes = list(_sizes(most))
+    limit = min(runner.caps.max_num_batched_tokens, runner.model_info.max_model_len)
+    sizes = list(_sizes(max(2, min(max_draft + 1, limit // 2))))
     milliseconds = [float("inf")] * len(sizes)
-    context = [1 + i % (runner.model_info.vocab_size - 1) for i in range(_CONTEXT + sizes[-1])]
-    _step(runner, context[:_CONTEXT], 0, _room(runner, len(context)), 0, first=True)
+    start = min(_CONTEXT, limit - sizes[-1])
+    context = [1 + i % (runner.model_info.vocab_size - 1) for i in range(start + sizes[-1])]
+    _step(runner, context[:start], 0, _room(runner, len(context)), 0, first=True)
     began = time.monotonic()
     for repeat in range(_REPEATS):
         for i, size in enumerate(sizes):
             if time.monotonic() - began > _MOST_SECONDS and (repeat or i > 1):
                 break  # a large model: what is missing is concluded from what there is, and learnt while serving
-            tokens = context[_CONTEXT : _CONTEXT + size]
-            taken = _step(runner, tokens, _CONTEXT, _again(runner), 1 + repeat)
+            tokens = context[start : start + size]
+            taken = _step(runner, tokens, start, _again(runner, start), 1 + repeat)
             milliseconds[i] = min(milliseconds[i], taken)
     known = [(size, taken) for size, taken in zip(sizes, milliseconds, strict=True) if taken < float("inf")]
     return VerifyCost([size for size, _ in known], [taken for _, taken in known])
 
 
 def _sizes(most: int) -> Iterator[int]:
+    """Powers of two and the largest, but none near to it: larger steps are concluded from the slope between the last two."""
     size = 1
-    while size < most:
+    while size <= most * 2 // 3:
         yield size
         size *= 2
-    yield max(most, 2)
+    yield most
 
 
 def _step(runner: ModelRunner, tokens: list[int], start: int, kv: KVOps, number: int, *, first: bool = False) -> float:
@@ -120,5 +122,5 @@ def _room(runner: ModelRunner, num_tokens: int) -> KVOps:
     return SequenceOps(stream=0, keep_len=0)
 
 
-def _again(runner: ModelRunner) -> KVOps:
-    return PagedOps() if runner.kv_cache_spec.layout == "paged" else SequenceOps(stream=0, keep_len=_CONTEXT)
+def _again(runner: ModelRunner, start: int) -> KVOps:
+    return PagedOps() if runner.kv_cache_spec.layout == "paged" else SequenceOps(stream=0, keep_len=start)
