@@ -212,7 +212,7 @@ def plugin_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
         elif model.backend not in refused:  # already reported, and the model can only repeat it
             values = {**settings.backends.get(model.backend, {}), **model.backend_settings}
             check(path, "backend", model.backend, values)
-    for path, speculative in _speculatives(settings):
+    for path, speculative in speculatives(settings):
         if speculative.method is not None:
             check(f"{path}.method", "proposer", speculative.method, speculative.settings)
         if speculative.method == _DRAFT_MODEL and speculative.model is None:
@@ -225,7 +225,8 @@ def plugin_problems(settings: Settings, registry: PluginRegistry) -> list[str]:
     return problems + _access_problems(settings, registry) + _name_problems(settings.models)
 
 
-def _speculatives(settings: Settings) -> Iterator[tuple[str, SpeculativeSettings]]:
+def speculatives(settings: Settings) -> Iterator[tuple[str, SpeculativeSettings]]:
+    """The settings of speculative decoding, the engine's and the models' own, each with its path."""
     yield "engine.speculative", settings.engine.speculative
     for index, model in enumerate(settings.models):
         if model.speculative is not None:

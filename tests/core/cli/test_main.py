@@ -275,6 +275,8 @@ def test_plugins_tell_what_is_in_use() -> None:
         ("scheduler", "fair"): None,
         ("scheduler", "fcfs"): "engine.scheduler",
         ("scheduler", "priority"): None,
+        ("proposer", "draft_model"): None,
+        ("proposer", "ngram"): None,
         ("model source", "demo"): "always",
         ("model source", "fake"): "always",
         ("model source", "hf"): "always",
@@ -282,7 +284,8 @@ def test_plugins_tell_what_is_in_use() -> None:
         ("auth provider", "api_keys"): None,
     }
     Path("my.yaml").write_text(
-        "engine: {scheduler: fair}\nmodels: [{source: demo, backend: other}, {source: fake, backend: fake}]\n"
+        "engine: {scheduler: fair}\n"
+        "models: [{source: demo, backend: other}, {source: fake, backend: fake, speculative: {method: ngram}}]\n"
         "auth: {providers: [api_keys]}",
         encoding="utf-8",
     )
@@ -290,6 +293,7 @@ def test_plugins_tell_what_is_in_use() -> None:
     assert parts["scheduler", "fair"] == "engine.scheduler"
     assert parts["scheduler", "fcfs"] is None
     assert parts["backend", "fake"] == "models[1].backend"
+    assert parts["proposer", "ngram"] == "models[1].speculative"
     assert parts["auth provider", "api_keys"] == "auth.providers"
 
 

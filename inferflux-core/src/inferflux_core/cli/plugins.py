@@ -9,7 +9,7 @@ import click
 
 from inferflux_core.cli.config import config_option
 from inferflux_core.cli.table import print_table
-from inferflux_core.config import AUTO_BACKEND, load_settings
+from inferflux_core.config import AUTO_BACKEND, load_settings, speculatives
 from inferflux_core.plugins import Entry, load_plugins
 from inferflux_core.settings import Settings
 
@@ -66,6 +66,8 @@ def chosen_by(entry: Entry, settings: Settings) -> str | None:
             if name in backends:
                 return f"models[{backends.index(name)}].backend"
             return AUTO_BACKEND if AUTO_BACKEND in backends else None
+        case "proposer":
+            return next((path for path, speculative in speculatives(settings) if speculative.method == name), None)
         case "auth provider":
             return "auth.providers" if name in settings.auth.providers else None
     return "always"
