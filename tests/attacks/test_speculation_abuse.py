@@ -74,7 +74,13 @@ def test_answer_logprobs_and_price_are_the_same_with_any_number_of_guesses(serve
 
 def test_a_crowd_in_a_small_cache_gets_what_each_gets_alone(server: ApiServer) -> None:
     def one(number: int) -> str:
-        fields = {"messages": MESSAGES, "logit_bias": LETTERS, "temperature": 0.9, "seed": number, "max_tokens": 150}
+        fields: dict[str, Any] = {
+            "messages": MESSAGES,
+            "logit_bias": LETTERS,
+            "temperature": 0.9,
+            "seed": number,
+            "max_tokens": 150,
+        }
         held = {"guided_regex": "(the|same|, | again)*"} if number % 2 else {}
         reply = server.chat(**fields, **held, num_speculative_tokens=GUESSES[number % 4], ignore_eos=True)
         assert reply.status_code == 200, reply.text

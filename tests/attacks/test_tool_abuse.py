@@ -48,7 +48,8 @@ def well_afterwards(server: ApiServer) -> Iterator[None]:
 @pytest.mark.parametrize("field", ["tools", "functions"])
 def test_ten_thousand_tools_are_counted_and_not_read(server: ApiServer, field: str) -> None:
     many = [tool(f"f{number}") if field == "tools" else {"name": f"f{number}"} for number in range(10_000)]
-    reply = server.chat(**{field: many})
+    fields: dict[str, Any] = {field: many}
+    reply = server.chat(**fields)
     assert refusal(reply) == (400, None, field)
     assert error_of(reply)["message"] == (
         f"Invalid value for {field!r}: it should have at most 512 items by this server's limit (server.max_tools), not 10000."

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from core.serving.noted_leases import KEY, Stand, exhaust, made, request, standing
-from inferflux_core.engine.types import EngineOutput, FinishReason
+from inferflux_core.engine.types import Constraint, EngineOutput, FinishReason
 from inferflux_core.errors import InvalidRequestError, RequestTimeoutError
 from inferflux_core.models.chat_template import ChatTemplate
 from inferflux_core.models.output_parser import OutputParser
@@ -327,3 +327,16 @@ async def test_a_check_that_takes_too_long_ends_at_the_requests_deadline() -> No
 async def test_how_much_to_guess_reaches_the_engine(stand: Stand, number: int | None) -> None:
     await answered(stand, num_speculative_tokens=number, max_tokens=2)
     assert stand.engine.given[0].num_speculative_tokens == number
+
+
+@pytest.mark.parametrize("options", [ReasoningOptions(effort="none"), ReasoningOptions(budget=0)])
+async def test_without_thoughts_the_grammar_begins_at_once(thinker: Stand, checker: Yes, options: ReasoningOptions) -> None:
+    """Or a model that would rather think begins its thoughts all the same, where the grammar would have answered."""
+    model = thinker.models.get(None)
+    grammars, tokenizer = RequestGrammars(LIMITS, checker), model.ready_tokenizer()
+    asked = request(reasoning=options)
+    constraint = grammars.constraint(asked, "start: /x/", model.chat, tokenizer, False)
+    assert constraint == Constraint(grammar="start: /x/")
+    opened = grammars.constraint(asked, "start: /x/", model.chat, tokenizer, True)
+    assert opened is not None
+    assert opened.thinking is not None, "the template opened thoughts all the same: they have to be ended"

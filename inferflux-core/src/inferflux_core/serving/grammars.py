@@ -95,6 +95,8 @@ class RequestGrammars:
         thoughts = None
         if chat is not None:
             thoughts = thinking(chat.reasoning, request.reasoning, is_open, tokenizer, chat.source)
+        if grammar and not is_open and request.reasoning.is_off:
+            thoughts = None  # the grammar begins at once, and the tag that begins thoughts cannot be drawn
         if not grammar and (thoughts is None or thoughts.budget is None):
             return None
         if self._checker is None:

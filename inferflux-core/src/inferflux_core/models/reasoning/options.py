@@ -23,3 +23,8 @@ class ReasoningOptions:
     budget: int | None = None
     include: bool = True
     apart: bool = True
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the client asks for no thoughts at all."""
+        return self.budget == 0 or (self.budget is None and self.effort == "none")
