@@ -11,6 +11,7 @@ import pytest
 from inferflux_core.errors import InvalidRequestError
 from inferflux_core.models.structured.checker import GrammarChecker
 from inferflux_core.models.structured.format_grammar import grammar_of
+from inferflux_core.models.structured.json_schema import checked_schema
 from inferflux_core.models.structured.output_format import OutputFormat
 from inferflux_core.settings import StructuredOutputSettings
 
@@ -175,3 +176,12 @@ async def test_a_hostile_grammar_is_refused(name: str) -> None:
 async def test_a_grammar_that_would_explode_is_answered_in_time(name: str) -> None:
     reason = await answers(OutputFormat(kind="grammar", value=HARMLESS_GRAMMARS[name]))
     assert reason is None or reason.startswith("Invalid grammar for ")
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_combinations_of_alternatives_end_in_time_although_each_is_small(width: int) -> None:
+    alternatives = [{"oneOf": [{"properties": {f"p{i}{j}": {"type": "string"}}} for j in range(width)]} for i in range(width)]
+    began = time.thread_time()
+    with pytest.raises(InvalidRequestError, match="combinations of its alternatives"):
+        checked_schema({"allOf": alternatives}, param="response_format", limits=StructuredOutputSettings())
+    assert time.thread_time() - began < 2.0

@@ -126,8 +126,11 @@ class ModelLoader:
             settings = self._registry.settings("proposer", chosen.method, chosen.settings).model_dump(mode="json")
         draft = None
         if chosen.model is not None:
-            files = self._resolve(chosen.model, show_progress)
-            backend, _ = self._choose(files, chosen.backend, chosen.backend_settings, chosen.model)
+            try:
+                files = self._resolve(chosen.model, show_progress)
+                backend, _ = self._choose(files, chosen.backend, chosen.backend_settings, chosen.model)
+            except ModelFileError as error:  # which speaks of a model's settings, and means those in `speculative` here
+                raise ModelFileError(f"draft model of speculative.model: {error}") from error
             draft = DraftSpec(
                 files=files, backend=backend, backend_settings=self._checked_settings(backend, chosen.backend_settings)
             )

@@ -30,6 +30,7 @@ _MAX_ANSWER: Final = 4096  # bytes
 class _Verdict:
     reason: str | None  # None: it can be held
     outcome: str  # `ok`, `refused` or `timeout`
+    is_lasting: bool = True  # False where the process was ended, which a busy machine or an administrator may have done
 
 
 class GrammarChecker:
@@ -116,7 +117,8 @@ class GrammarChecker:
             self._observe(time.perf_counter() - begun, "busy")
             raise
         self._observe(time.perf_counter() - begun, verdict.outcome)
-        self._remember(tenant, digest, verdict)
+        if verdict.is_lasting:
+            self._remember(tenant, digest, verdict)
         return verdict
 
     def _compile(self, grammar: str) -> _Verdict:
@@ -138,10 +140,16 @@ class GrammarChecker:
                 self._worker = None
                 if error.out_of_time:
                     return _Verdict(
-                        f"takes more than {seconds:g} s to compile; make patterns and repetitions smaller", "timeout"
+                        f"takes more than {seconds:g} s to compile; make patterns and repetitions smaller",
+                        "timeout",
+                        is_lasting=False,
                     )
                 if not retry:
-                    return _Verdict("needs too much memory to compile; make patterns and repetitions smaller", "refused")
+                    return _Verdict(
+                        "needs too much memory to compile; make patterns and repetitions smaller",
+                        "refused",
+                        is_lasting=False,
+                    )
             else:
                 if status == _OK:
                     return _Verdict(None, "ok")

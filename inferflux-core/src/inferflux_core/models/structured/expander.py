@@ -7,6 +7,7 @@ reason is what the client is told.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ from inferflux_core.models.structured.schema_values import (
 from inferflux_core.models.structured.string_formats import format_pattern
 
 _MAX_STEPS: Final = 30_000  # demands taken apart, of one schema
+_MAX_SECONDS: Final = 0.5  # of CPU; ordinary schemas take a thousandth of it. Some steps cost far more than others
 _MAX_BRANCHES: Final = 300  # of one place
 _EMPTY_DEPTH: Final = 3  # levels of required properties looked into to prove that nothing satisfies two demands
 
@@ -62,6 +64,7 @@ class Expander:
         self._doubts = 0  # how often something could not be told; what was left out then does not prove anything
         self._doubted: set[Key] = set()  # states whose values were
         self._steps = 0
+        self._began = time.thread_time()
         self._branches: dict[Key, tuple[list[Branch], list[Refused]]] = {}
         self._values: dict[Key, list[Any] | None] = {}
         self._states: list[State] = []  # keeps the schemas alive that keys tell by identity
@@ -194,7 +197,7 @@ class Expander:
 
     def _count(self, steps: int = 1) -> None:
         self._steps += steps
-        if self._steps > _MAX_STEPS:
+        if self._steps > _MAX_STEPS or time.thread_time() - self._began > _MAX_SECONDS:
             raise Refused("#", "", "has too many combinations of its alternatives")
 
     def _split(
