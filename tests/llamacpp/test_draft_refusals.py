@@ -70,10 +70,12 @@ def test_a_server_with_no_other_model_ends_and_says_why(tmp_path: Path, models: 
 
 
 def test_beside_a_model_that_is_well_administrators_see_why(tmp_path: Path, models: list[dict[str, Any]]) -> None:
-    well = {"source": models[0]["source"], "name": "well", "speculative": {"method": "draft_model", "model": models[0]["source"]}}
+    source = models[0]["source"]
+    well = {"source": source, "name": "well", "speculative": {"method": "draft_model", "model": source}}
     path = config(tmp_path, [well, *models], auth={"providers": ["api_keys"]})
+    scope = "admin,read,generate"
     made = CliRunner().invoke(
-        inferctl, ["admin", "api-keys", "create", "--bootstrap", "--config", str(path), "--scope", "admin,read,generate", "--quiet"]
+        inferctl, ["admin", "api-keys", "create", "--bootstrap", "--config", str(path), "--scope", scope, "--quiet"]
     )
     assert made.exit_code == 0, made.output
     headers = {"authorization": f"Bearer {made.stdout.strip()}"}
