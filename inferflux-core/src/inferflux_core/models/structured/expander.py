@@ -39,7 +39,8 @@ from inferflux_core.models.structured.schema_values import (
 from inferflux_core.models.structured.string_formats import format_pattern
 
 _MAX_STEPS: Final = 30_000  # demands taken apart, of one schema
-_MAX_SECONDS: Final = 0.5  # of CPU; ordinary schemas take a thousandth of it. Some steps cost far more than others
+_LOOKS_PER_STEP: Final = 16  # required names looked up in members, which cost as much as a step without any
+_MAX_SECONDS: Final = 3.0  # of CPU, for what the steps do not count; ordinary schemas take less than 3 ms
 _MAX_BRANCHES: Final = 300  # of one place
 _EMPTY_DEPTH: Final = 3  # levels of required properties looked into to prove that nothing satisfies two demands
 
@@ -228,6 +229,7 @@ class Expander:
                 return
         if "object" in branch.types and any(self.values(self.member(branch, name)) == [] for name in branch.required):
             branch.types -= {"object"}
+        self._count(len(branch.members) * len(branch.required) // _LOOKS_PER_STEP)
         if not branch.prune():
             return
         if not choices:
@@ -258,6 +260,7 @@ class Expander:
             return True
         branch.seen |= {demand.key}
         within = above | {id(schema)}
+        self._count(len(branch.members) * len(branch.required) // _LOOKS_PER_STEP)
         if demand.is_simple:
             self._exclude(branch, schema)
             return branch.prune()
