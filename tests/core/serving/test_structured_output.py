@@ -139,7 +139,7 @@ async def test_a_format_beside_tools_is_that_of_an_answer_that_calls_nothing(sta
     for opening, called in (("{", False), ("<", True)):
         bias = {ord(opening): 100.0}  # the beginnings of the two are equally likely to this model, but for the prompt
         tools = replace(BOTH, parallel=False)
-        answer = await answered(stand, tools=tools, format=PERSON, temperature=1.0, logit_bias=bias, max_tokens=300)
+        answer = await answered(stand, tools=tools, format=PERSON, temperature=1.0, seed=3, logit_bias=bias, max_tokens=300)
         assert (answer.finish_reason, len(answer.calls)) == (("tool_calls", 1) if called else ("stop", 0))
         assert re.fullmatch("" if called else FORMATS[0][1], answer.text)
     must = await answered(stand, tools=replace(BOTH, must_call=True, parallel=False), format=PERSON)
