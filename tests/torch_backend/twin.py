@@ -38,6 +38,17 @@ def twin_files() -> ModelFiles:
     return PathSource().resolve(str(demo_twin()), SourceContext())
 
 
+def first_layers(folder: Path, layers: int) -> Path:
+    """Write a draft model of the twin's first layers."""
+    spec = importlib.util.spec_from_file_location("cut_layers", Path(__file__).parents[2] / "tools" / "cut_layers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.cut_layers(demo_twin(), folder, layers)
+    return folder
+
+
 def _make(gguf: Path, folder: Path) -> None:
     """One process of several makes it while the others wait; a process that dies leaves no lock and no half folder."""
     from filelock import FileLock  # torch depends on it
